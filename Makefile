@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# `make bench` runs the main job and `make test` the tests; each does all its own set-up. `make` alone prints help.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Prerequisites are steps in an order, and each of them keeps every processor busy by itself.
+.NOTPARALLEL:
+
+GO ?= go
+# Without cgo the binaries are the same whether or not the host has a C compiler.
+export CGO_ENABLED := 0
+# The commit is stamped below. Go's own stamp fails when root builds in a user's checkout.
+export GOFLAGS := $(GOFLAGS) -buildvcs=false
+
+PROVIDER ?= lab
+PROFILE ?= default
+OUT ?=
+ARGS ?=
+TESTFLAGS ?= $(if $(CI),-v)
+
+# Measuring needs root, building does not: what follows $(SUDO) runs as root, everything else as the caller.
+SUDO := $(if $(filter-out 0,$(shell id -u)),sudo env NO_INSTALL='$(NO_INSTALL)' CI='$(CI)')
+GIT := git -c safe.directory='$(CURDIR)'
+BINARIES := bin/kube-apiserver bin/kube-proxy bin/etcd
+
+.PHONY: help
+help: ## print this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo '  make bench PROFILE=quick           a first picture; PROFILE=default|full climb higher'
+	@echo '  make bench OUT=DIR ARGS="--seed 2" results go to DIR; ARGS are flags of plimsoll run'
+	@echo '  NO_INSTALL=1                       print what would be installed, and install nothing'
+
+.PHONY: bench
+bench: go-version root bin/plimsoll packages $(BINARIES) ## set up, then measure the load line [PROVIDER=lab] [PROFILE=quick|default|full] [OUT=DIR] [ARGS=…]
+	@$(SUDO) bin/plimsoll run --provider '$(PROVIDER)' --profile '$(PROFILE)' $(if $(OUT),--out '$(OUT)') $(ARGS)
+
+.PHONY: test
+test: go-version root bin/plimsoll packages $(BINARIES) ## set up, then run every test, as root: most of them need a kernel
+	@# One package at a time: tests that load rules and measure would disturb each other. Kernels change without
+	@# Go noticing, so no result is taken from the cache.
+	$(GO) test -p 1 -count 1 -timeout 15m $(TESTFLAGS) $(if $(SUDO),-exec "sudo env PATH=$$PATH CI=$(CI)") ./...
+
+.PHONY: race
+race: go-version ## run the tests that need no root under the race detector (needs a C compiler)
+	CGO_ENABLED=1 $(GO) test -race -short -timeout 15m ./results/... ./scenarios/...
+
+.PHONY: build
+build: go-version bin/plimsoll $(BINARIES) ## build plimsoll and, once, the Kubernetes under test into bin/
+
+.PHONY: check
+check: go-version developer-packages ## gofmt, vet, staticcheck, actionlint, shellcheck, and that regenerating changes nothing
+	@unformatted=$$("$$($(GO) env GOROOT)/bin/gofmt" -l $$($(GIT) ls-files --cached --others --exclude-standard '*.go')); \
+	[ -z "$$unformatted" ] || { echo "gofmt -w is wanted on: $$unformatted" >&2; exit 1; }
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+	$(GO) tool actionlint
+	shellcheck .ci/run
+	@# The work tree is compared with itself, so that a change can be checked before it is committed.
+	@sums() { $(GIT) ls-files -z --cached --others --exclude-standard '*_bpfe[lb].*' | xargs -0r sha256sum; }; \
+	before=$$(sums); $(MAKE) --no-print-directory generate; after=$$(sums); \
+	diff <(echo "$$before") <(echo "$$after") || { echo "generated files were stale; they are fresh now: commit them with the C" >&2; exit 1; }
+
+.PHONY: generate
+generate: go-version generate-packages ## compile the BPF C with the pinned clang; commit the objects with the C
+	$(GO) generate ./dataplane/...
+
+.PHONY: kubernetes-version
+kubernetes-version: go-version ## move go.mod to another Kubernetes: VERSION=v1.36.3
+	@[[ '$(VERSION)' == v1.*.* ]] || { echo 'say which: make kubernetes-version VERSION=v1.36.3' >&2; exit 1; }
+	@# k8s.io/kubernetes replaces its staging modules with folders of its own, which only counts in the main module:
+	@# ours replaces each with the release of the same number.
+	@version='$(VERSION)'; staging=v0.$${version#v1.}; \
+	theirs=$$($(GO) mod download -json "k8s.io/kubernetes@$$version" | sed -n 's/.*"GoMod": "\(.*\)".*/\1/p'); \
+	[ -n "$$theirs" ] || { echo "no such release: k8s.io/kubernetes@$$version" >&2; exit 1; }; \
+	edits=(-require="k8s.io/kubernetes@$$version" -require="k8s.io/client-go@$$staging"); \
+	for module in $$(awk '$$1 == "replace" && $$2 ~ /^k8s.io\// { print $$2 }' go.mod); do edits+=(-dropreplace="$$module"); done; \
+	for module in $$(awk '$$2 == "=>" && $$3 ~ /^\.\/staging\// { print $$1 }' "$$theirs"); do edits+=(-replace="$$module=$$module@$$staging"); done; \
+	$(GO) mod edit "$${edits[@]}" -godebug="default=$$(sed -n 's/^godebug default=//p' "$$theirs")"; \
+	$(GO) mod tidy
+	@echo 'go.mod asks for Kubernetes $(VERSION); now: make check test'
+
+.PHONY: clean
+clean: ## remove what runs left behind on this host, and bin/
+	@[ ! -x bin/plimsoll ] || $(SUDO) bin/plimsoll clean
+	rm -rf bin
+
+# Steps.
+
+.PHONY: go-version
+go-version:
+	@said=$$($(GO) list -m 2>&1 >/dev/null) || { \
+	echo "plimsoll needs Go $$(sed -n 's/^go //p' go.mod) or newer (https://go.dev/doc/install); this one says: $${said//$$'\n'/ }" >&2; exit 1; }
+
+.PHONY: root
+root:
+	@[ -z "$(SUDO)" ] || command -v sudo >/dev/null || { echo "this needs root, and there is no sudo here: run it as root" >&2; exit 1; }
+
+.PHONY: packages
+packages: bin/plimsoll
+	@$(SUDO) bin/plimsoll doctor --install
+
+.PHONY: developer-packages
+developer-packages: root bin/plimsoll
+	@$(SUDO) bin/plimsoll doctor --install --with generate,check
+
+# Subtle: the C is sometimes ahead of the Go that uses it, and then plimsoll does not build before this has run. So it is
+# built only where the compiler is missing.
+.PHONY: generate-packages
+generate-packages:
+	@if ! type clang-14 llvm-strip-14 >/dev/null 2>&1 || [ ! -e /usr/include/bpf/bpf_helpers.h ]; then \
+	$(MAKE) --no-print-directory root bin/plimsoll && $(SUDO) bin/plimsoll doctor --install --with generate; fi
+
+.PHONY: FORCE
+FORCE:
+
+# go build knows best what has changed, and takes a second when nothing has.
+bin/plimsoll: FORCE
+	@version=$$($(GIT) describe --tags --always --dirty 2>/dev/null || echo unknown); \
+	commit=$$($(GIT) describe --exclude '*' --always --abbrev=40 --dirty 2>/dev/null || echo unknown); \
+	[ -e $@ ] || echo 'building plimsoll (once; a minute or two)'; \
+	$(GO) build -trimpath -ldflags "-s -w -X main.version=$$version -X main.commit=$$commit" -o $@ ./bench
+
+# The Kubernetes under test is a line of go.mod: it is built again when go.mod, go.sum or the compiler changed.
+bin/.key: FORCE
+	@mkdir -p bin; key=$$({ $(GO) env GOVERSION GOOS GOARCH; cat go.mod go.sum; } | sha256sum); \
+	[ "$$key" = "$$(cat $@ 2>/dev/null)" ] || echo "$$key" >$@
+
+# A build that finds nothing to do leaves the file's time alone, hence the touch.
+bin/kube-apiserver bin/kube-proxy: bin/.key
+	@version=$$($(GO) list -m -f '{{.Version}}' k8s.io/kubernetes); IFS=. read -r major minor _ <<<"$${version#v}"; \
+	echo "building $(@F) $$version (about two minutes on two processors)"; \
+	stamp=k8s.io/component-base/version; \
+	$(GO) build -trimpath -ldflags "-s -w -X $$stamp.gitVersion=$$version -X $$stamp.gitMajor=$$major -X $$stamp.gitMinor=$$minor \
+	-X $$stamp.gitTreeState=archive -X $$stamp.gitCommit=unknown" -o $@ k8s.io/kubernetes/cmd/$(@F)
+	@touch $@
+
+bin/etcd: bin/.key
+	@echo "building etcd $$($(GO) list -m -f '{{.Version}}' go.etcd.io/etcd/server/v3) (less than a minute)"
+	@$(GO) build -trimpath -ldflags "-s -w" -o $@ go.etcd.io/etcd/server/v3
+	@touch $@
