@@ -48,7 +48,24 @@ func examineHost(root bool) []finding {
 	if runtime.NumCPU() < 2 {
 		cpus.state, cpus.detail = note, "1: clients and servers share it, and figures for CPU will be coarse"
 	}
-	return append(findings, cpus, examineDisk())
+	return append(findings, cpus, examineDisk(), examinePackages())
+}
+
+// examinePackages says which of a run's packages are missing. Whether the run is possible without them is for those who
+// try to use them to say.
+func examinePackages() finding {
+	run, err := packagesOf(nil)
+	if err != nil {
+		return finding{"packages", unknown, err.Error(), ""}
+	}
+	var names []string
+	for _, p := range missing(run) {
+		names = append(names, p.name)
+	}
+	if names != nil {
+		return finding{"packages", lacks, strings.Join(names, ", ") + " not installed (" + installCure + ")", ""}
+	}
+	return finding{"packages", has, "all that a run uses", ""}
 }
 
 func examineRoot(root bool) finding {
