@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package load makes clients and servers: connects and requests paced by due time, recorded without loss.
+//
+// Both ends run as processes of their own inside pods: Serve is the server's program, Client the client's. The process that
+// conducts the run talks to them over their standard input and output, one JSON value a line, through Server and Driver. When
+// the pipes close, the programs end, so that nothing outlives a run that was killed.
+//
+// What is measured is one raw connect(2), from call to return, on a locked thread. Creating the socket and closing it stay
+// outside the timed window. Clients close by RST (SO_LINGER {1, 0}) in every mode, so no TIME_WAIT piles up: 30,000 connects
+// to one backend need no more ephemeral ports than are open at once. Connection tracking keeps a reset connection for
+// nf_conntrack_tcp_timeout_close (10 s by default), which at 3,000 connects a second is 30,000 entries.
+package load
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Kind is what a client does with the addresses of a Request.
+type Kind string
+
+const (
+	// Connect times raw TCP connects: the measurement. The empty Kind means Connect.
+	Connect Kind = "connect"
+	// Identify connects by TCP and reads one line, the name of the server that answered.
+	Identify Kind = "identify"
+	// Datagram sends one datagram from a connected UDP socket and reads the reply, which names the server.
+	Datagram Kind = "datagram"
+	// Wait connects by TCP to one address after the other, each again and again until it succeeds.
+	Wait Kind = "wait"
+)
+
+// Timeouts and pauses of a Request that names none.
+const (
+	DefaultTimeout     = time.Second
+	DefaultWaitTimeout = 20 * time.Millisecond
+	DefaultWaitPause   = 2 * time.Millisecond
+)
+
+// timedOut is the key of operations that ran into their Timeout in Reply.Errors.
+const timedOut = "timeout"
+
+// Request is one piece of work for a client.
+type Request struct {
+	Kind Kind `json:"kind,omitempty"`
+	// Addresses are walked in one random permutation after the other, drawn from Seed: every address is used equally
+	// often (give or take one), in an order that no cache can learn. Wait takes them in the order given.
+	Addresses []netip.AddrPort `json:"addresses"`
+	Seed      uint64           `json:"seed,omitempty"`
+	// Count is the number of operations that are recorded; Wait ignores it.
+	Count int `json:"count,omitempty"`
+	// Warmup operations come first, in a closed loop, and are not recorded. Connect only.
+	Warmup int `json:"warmup,omitempty"`
+	// Rate is the number of operations due per second; zero is a closed loop. Connect only.
+	Rate float64 `json:"rate,omitempty"`
+	// Timeout bounds one operation; zero means DefaultTimeout, for Wait DefaultWaitTimeout.
+	Timeout time.Duration `json:"timeout,omitempty"`
+	// Pause is how long Wait rests between two attempts; zero means DefaultWaitPause.
+	Pause time.Duration `json:"pause,omitempty"`
+	// Limit bounds the whole request, so that a black hole cannot hold up a run: operations that it cuts off are
+	// counted in Reply.Unsent. Zero sets no bound, which Wait refuses.
+	Limit time.Duration `json:"limit,omitempty"`
+}
+
+// validate fills in the defaults and says what is wrong with a request.
+func (r *Request) validate() error {
+	if r.Kind == "" {
+		r.Kind = Connect
+	}
+	if len(r.Addresses) == 0 {
+		return errors.New("request: no addresses")
+	}
+	for _, a := range r.Addresses {
+		if !a.IsValid() || a.Port() == 0 {
+			return fmt.Errorf("request: address %q wants an IP and a port", a)
+		}
+		if a.Addr().Zone() != "" {
+			return fmt.Errorf("request: address %q: zones are not supported", a)
+		}
+	}
+	if r.Count < 0 || r.Warmup < 0 || r.Timeout < 0 || r.Pause < 0 || r.Limit < 0 || !(r.Rate >= 0) || r.Rate > 1e9 {
+		return errors.New("request: count, warmup, rate (at most 1e9), timeout, pause and limit must not be negative")
+	}
+	switch r.Kind {
+	case Connect:
+	case Identify, Datagram, Wait:
+		if r.Rate != 0 || r.Warmup != 0 {
+			return fmt.Errorf("request: kind %q knows neither rate nor warmup", r.Kind)
+		}
+		if r.Kind == Wait && r.Limit == 0 {
+			return errors.New("request: kind \"wait\" needs a limit")
+		}
+	default:
+		return fmt.Errorf("request: unknown kind %q", r.Kind)
+	}
+	if r.Timeout == 0 {
+		r.Timeout = DefaultTimeout
+		if r.Kind == Wait {
+			r.Timeout = DefaultWaitTimeout
+		}
+	}
+	if r.Pause == 0 {
+		r.Pause = DefaultWaitPause
+	}
+	return nil
+}
+
+// Reply is what a client saw.
+type Reply struct {
+	// Latencies holds, for each success in the order of sending, the nanoseconds from call to return.
+	// Connect: of connect(2) alone. Identify and Datagram: from the connect to the server's name.
+	Latencies []int64 `json:"latencies,omitempty"`
+	// Responses holds, for the same operations as Latencies, the nanoseconds from the due time to the return.
+	// Empty in a closed loop.
+	Responses []int64 `json:"responses,omitempty"`
+	// Errors counts failed operations by errno name ("ECONNREFUSED") or "timeout".
+	Errors map[string]int64 `json:"errors,omitempty"`
+	// Answered counts successes by the server's name. Identify and Datagram only.
+	Answered map[string]int64 `json:"answered,omitempty"`
+	// Late counts operations that began more than one interval after they were due. They were sent all the same.
+	Late int64 `json:"late,omitempty"`
+	// Unsent counts operations that Limit cut off; for Wait, addresses that did not answer within it.
+	Unsent int64 `json:"unsent,omitempty"`
+	// Began is the wall clock when the first recorded operation was due; Elapsed runs from there to the last return.
+	// For Wait that is the moment when the last address answered.
+	Began   time.Time     `json:"began"`
+	Elapsed time.Duration `json:"elapsed"`
+	// CPU is what the client's process used within Elapsed, the kernel's work on its behalf included.
+	CPU time.Duration `json:"cpu"`
+}
+
+// Failed returns the number of operations that were tried and failed.
+func (r Reply) Failed() int64 {
+	var n int64
+	for _, c := range r.Errors {
+		n += c
+	}
+	return n
+}
+
+// count adds a failed operation to Errors.
+func (r *Reply) count(name string) {
+	if r.Errors == nil {
+		r.Errors = map[string]int64{}
+	}
+	r.Errors[name]++
+}
+
+// errnoName returns the key of Reply.Errors for an errno.
+func errnoName(errno syscall.Errno) string {
+	switch errno {
+	case unix.ETIMEDOUT:
+		return timedOut
+	case unix.EINPROGRESS, unix.EALREADY:
+		// A blocking connect(2) whose SO_SNDTIMEO ran out: EINPROGRESS the first time, EALREADY after a signal.
+		return timedOut
+	}
+	if name := unix.ErrnoName(errno); name != "" {
+		return name
+	}
+	return fmt.Sprintf("errno %d", int(errno))
+}
+
+// processCPU returns the CPU time that this process has used, dead threads included.
+func processCPU() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_PROCESS_CPUTIME_ID, &ts); err != nil {
+		return 0 // the clock exists in every kernel since Linux 2.6.12
+	}
+	return time.Duration(ts.Nano())
+}
