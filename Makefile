@@ -74,11 +74,13 @@ kubernetes-version: go-version ## move go.mod to another Kubernetes: VERSION=v1.
 	@# k8s.io/kubernetes replaces its staging modules with folders of its own, which only counts in the main module:
 	@# ours replaces each with the release of the same number.
 	@version='$(VERSION)'; staging=v0.$${version#v1.}; \
-	theirs=$$($(GO) mod download -json "k8s.io/kubernetes@$$version" | sed -n 's/.*"GoMod": "\(.*\)".*/\1/p'); \
+	theirs=$$($(GO) mod download -json "k8s.io/kubernetes@$$version" | sed -n 's/.*"GoMod": "\(.*\)".*/\1/p' || true); \
 	[ -n "$$theirs" ] || { echo "no such release: k8s.io/kubernetes@$$version" >&2; exit 1; }; \
+	staged=$$(awk '$$2 == "=>" && $$3 ~ /^\.\/staging\// { print $$1 }' "$$theirs"); \
 	edits=(-require="k8s.io/kubernetes@$$version" -require="k8s.io/client-go@$$staging"); \
-	for module in $$(awk '$$1 == "replace" && $$2 ~ /^k8s.io\// { print $$2 }' go.mod); do edits+=(-dropreplace="$$module"); done; \
-	for module in $$(awk '$$2 == "=>" && $$3 ~ /^\.\/staging\// { print $$1 }' "$$theirs"); do edits+=(-replace="$$module=$$module@$$staging"); done; \
+	for module in $$staged; do edits+=(-replace="$$module=$$module@$$staging"); done; \
+	for module in $$(awk '$$1 == "replace" && $$2 ~ /^k8s.io\// { print $$2 }' go.mod); do \
+	grep -qxF "$$module" <<<"$$staged" || edits+=(-dropreplace="$$module"); done; \
 	$(GO) mod edit "$${edits[@]}" -godebug="default=$$(sed -n 's/^godebug default=//p' "$$theirs")"; \
 	$(GO) mod tidy
 	@echo 'go.mod asks for Kubernetes $(VERSION); now: make check test'
