@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package clusters is where a Service dataplane runs: providers open clusters of sites, and a site is one node with one
+// mode's proxy, a client pod and backend pods.
+package clusters
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"k8s.io/client-go/rest"
+)
+
+// ErrNotSupported is wrapped by errors that say what this kernel or host cannot do. A run records such a mode as skipped
+// and goes on.
+var ErrNotSupported = errors.New("not supported here")
+
+// A Provider makes clusters. The list of providers stands in the command line, because each lives in a folder of its own
+// below this package.
+type Provider interface {
+	// Name is the word after --provider.
+	Name() string
+	// Doc is one line for `plimsoll list`.
+	Doc() string
+	// Create opens one site per spec and returns when every proxy runs and every client and backend pod can start
+	// processes. On an error nothing is left behind. Errors wrap ErrNotSupported when the host cannot carry the provider.
+	Create(ctx context.Context, plan Plan) (Cluster, error)
+}
+
+// ProxySpec is what a mode wants of its node, as a plain value: providers carry it out and know nothing else of modes.
+type ProxySpec struct {
+	// Name names the site, unique in a cluster; it is the Node's name too.
+	Name string
+	// KubeProxy is kube-proxy's mode (iptables, ipvs, nftables); empty for no kube-proxy.
+	KubeProxy string
+	// IPTables chooses the backend that the node's iptables commands use: nft or legacy. Empty where no mode needs it.
+	IPTables string
+	// Agent runs the eBPF agent on the node.
+	Agent bool
+	// ConntrackHooks installs an inert table that keeps conntrack and the NAT hooks alive, and nothing else.
+	ConntrackHooks bool
+	// MinSyncPeriod is the shortest time between two syncs of the proxy. Nil leaves the proxy's own default.
+	MinSyncPeriod *time.Duration
+}
+
+// A Plan says what a cluster is to hold.
+type Plan struct {
+	// Name names the run; everything that the cluster creates carries it.
+	Name string
+	// Dir is the folder for the proxies' configurations and logs; it is kept with the run.
+	Dir string
+	// Bin is the folder with kube-apiserver, kube-proxy and etcd.
+	Bin string
+	// Program is the plimsoll binary that pods and agents run; empty is this process's own.
+	Program string
+	// Sites are the sites to open, in this order.
+	Sites []ProxySpec
+	// Progress is told what is being done; nil is silent.
+	Progress func(string)
+}
+
+// A Cluster is what a provider opened.
+type Cluster interface {
+	// Sites are in the plan's order.
+	Sites() []Site
+	// RESTConfig reaches the API server as an administrator.
+	RESTConfig() *rest.Config
+	// Etcd reaches the cluster's storage; nil when the provider gives no way there.
+	Etcd() *clientv3.Client
+	// ServiceCIDR is the API server's range of Service addresses.
+	ServiceCIDR() netip.Prefix
+	// EndpointPrefixes are the address ranges that the backend pods answer on, one per backend pod.
+	EndpointPrefixes() []netip.Prefix
+	// Failed is closed when a process that the cluster needs has ended; Err then says which.
+	Failed() <-chan struct{}
+	Err() error
+	// Close removes everything that Create made.
+	Close(ctx context.Context) error
+}
+
+// A Site is one mode on one node, with a client pod, backend pods and the proxy.
+type Site interface {
+	Spec() ProxySpec
+	// Enter calls f on a locked thread inside the node's network namespace: sockets opened and processes started in f
+	// belong to the node.
+	Enter(f func() error) error
+	// DialContext opens a connection from the node itself.
+	DialContext(ctx context.Context, network, address string) (net.Conn, error)
+	// IPTables is the path of the node's iptables command; empty when the mode has none.
+	IPTables() string
+	// Client and Backends are the pods that traffic runs between.
+	Client() Pod
+	Backends() []Pod
+	// ProxyCgroup is the cgroup2 folder of the proxy's processes; empty without a proxy.
+	ProxyCgroup() string
+	// Freeze stops every process of the site where it stands, the proxy's and the pods', or lets them go on. It returns when
+	// the kernel says so.
+	Freeze(ctx context.Context, frozen bool) error
+}
+
+// A Pod is a network namespace behind the node, with a cgroup2 folder below the node's.
+type Pod interface {
+	Name() string
+	Address() netip.Addr
+	Cgroup() string
+	// Start runs the plan's program with args inside the pod. The process ends with its input.
+	Start(ctx context.Context, args ...string) (Process, error)
+}
+
+// A Process runs in a pod.
+type Process interface {
+	Stdin() io.WriteCloser
+	Stdout() io.Reader
+	// Close ends the process and waits for it.
+	Close(ctx context.Context) error
+}

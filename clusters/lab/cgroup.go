@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
+)
+
+// cgroup is one cgroup2 folder.
+type cgroup struct {
+	dir string
+}
+
+// cgroup2Mount finds where this host mounts cgroup2: /sys/fs/cgroup on most hosts, a folder below it on mixed ones.
+func cgroup2Mount() (string, error) {
+	f, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	for s := bufio.NewScanner(f); s.Scan(); {
+		// proc(5): the fields before " - " end with optional ones; the fifth is the mount point, the first after it the type.
+		left, right, ok := strings.Cut(s.Text(), " - ")
+		fields := strings.Fields(left)
+		if ok && len(fields) > 4 && strings.HasPrefix(right, "cgroup2 ") {
+			return fields[4], nil
+		}
+	}
+	return "", fmt.Errorf("no cgroup2 file system is mounted (mount -t cgroup2 none DIR): %w", clusters.ErrNotSupported)
+}
+
+func newCgroup(dir string) (*cgroup, error) {
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return nil, fmt.Errorf("make cgroup: %w", err)
+	}
+	return &cgroup{dir: dir}, nil
+}
+
+// child makes a cgroup below this one.
+func (c *cgroup) child(name string) (*cgroup, error) {
+	return newCgroup(filepath.Join(c.dir, name))
+}
+
+// kill ends every process below c at once (cgroup.kill, Linux 5.14 or newer) and returns when the kernel counts none.
+func (c *cgroup) kill(ctx context.Context) error {
+	if err := os.WriteFile(filepath.Join(c.dir, "cgroup.kill"), []byte("1"), 0); err != nil {
+		return fmt.Errorf("kill cgroup: %w", err)
+	}
+	return c.await(ctx, "populated 0")
+}
+
+// freeze stops or resumes every process below c and returns when the kernel says that it is so.
+func (c *cgroup) freeze(ctx context.Context, frozen bool) error {
+	word := "0"
+	if frozen {
+		word = "1"
+	}
+	if err := os.WriteFile(filepath.Join(c.dir, "cgroup.freeze"), []byte(word), 0); err != nil {
+		return fmt.Errorf("freeze cgroup: %w", err)
+	}
+	return c.await(ctx, "frozen "+word)
+}
+
+// await returns when cgroup.events holds the line.
+func (c *cgroup) await(ctx context.Context, line string) error {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	return poll(ctx, "cgroup "+c.dir+" to be "+line, func() (bool, error) {
+		b, err := os.ReadFile(filepath.Join(c.dir, "cgroup.events"))
+		return strings.Contains("\n"+string(b), "\n"+line+"\n"), err
+	})
+}
+
+// remove kills what runs below c and removes the folders, deepest first. One that is gone already is no error.
+func (c *cgroup) remove(ctx context.Context) error {
+	if _, err := os.Stat(c.dir); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err := c.kill(ctx); err != nil {
+		return err
+	}
+	var dirs []string
+	err := filepath.WalkDir(c.dir, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() {
+			dirs = append(dirs, path)
+		}
+		return err
+	})
+	for i := len(dirs) - 1; i >= 0; i-- {
+		err = errors.Join(err, os.Remove(dirs[i]))
+	}
+	return err
+}

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package lab is the embedded provider: one control plane and one node per mode, network namespaces on this host's kernel
+// that are connected to nothing else.
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"golang.org/x/sync/errgroup"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
+)
+
+// Provider opens labs.
+type Provider struct{}
+
+var _ clusters.Provider = Provider{}
+
+func (Provider) Name() string { return "lab" }
+
+func (Provider) Doc() string {
+	return "an API server and one node per mode as network namespaces on this kernel; needs root"
+}
+
+// lab is one control plane and its nodes.
+type lab struct {
+	run     *run
+	control *ControlPlane
+	etcd    *clientv3.Client
+	nodes   []*node
+
+	failed chan struct{}
+	once   sync.Once
+	err    error // set before failed is closed
+	stop   context.CancelFunc
+}
+
+var _ clusters.Cluster = (*lab)(nil)
+
+// Create starts the control plane, makes the nodes side by side, and returns when each proxy is healthy.
+func (Provider) Create(ctx context.Context, plan clusters.Plan) (clusters.Cluster, error) {
+	if os.Geteuid() != 0 {
+		return nil, errors.New("the lab makes network namespaces and cgroups: run it as root (sudo)")
+	}
+	progress := plan.Progress
+	if progress == nil {
+		progress = func(string) {}
+	}
+	if plan.Program == "" {
+		var err error
+		if plan.Program, err = os.Executable(); err != nil {
+			return nil, err
+		}
+	}
+	if err := os.MkdirAll(plan.Dir, 0o755); err != nil {
+		return nil, err
+	}
+	// Absolute, because processes start from it in other places.
+	dir, err := filepath.Abs(plan.Dir)
+	if err != nil {
+		return nil, err
+	}
+	r, err := newRun(plan.Name, dir)
+	if err != nil {
+		return nil, err
+	}
+	watch, stop := context.WithCancel(context.Background())
+	l := &lab{run: r, failed: make(chan struct{}), stop: stop}
+	if err := l.create(ctx, plan, progress); err != nil {
+		return nil, errors.Join(err, l.Close(context.WithoutCancel(ctx)))
+	}
+	l.watch(watch)
+	return l, nil
+}
+
+func (l *lab) create(ctx context.Context, plan clusters.Plan, progress func(string)) error {
+	progress("starting etcd and kube-apiserver")
+	var err error
+	if l.control, err = startControlPlane(ctx, l.run, plan.Bin); err != nil {
+		return err
+	}
+	if l.etcd, err = l.control.Etcd(); err != nil {
+		return err
+	}
+	kubeconfig := filepath.Join(l.run.dir, "kubeconfig")
+	if err := l.control.Kubeconfig(kubeconfig, "https://"+apiServerLocal); err != nil {
+		return err
+	}
+	// kube-proxy waits for its Node object, so the objects come first.
+	client, err := kubernetes.NewForConfig(l.control.RESTConfig())
+	if err != nil {
+		return err
+	}
+	for _, spec := range plan.Sites {
+		if _, err := client.CoreV1().Nodes().Create(ctx, nodeObject(spec.Name), metav1.CreateOptions{}); err != nil {
+			return fmt.Errorf("create Node %s: %w", spec.Name, err)
+		}
+		n, err := newNode(l.run, plan.Program, spec)
+		if err != nil {
+			return err
+		}
+		l.nodes = append(l.nodes, n)
+		if err := n.forward(l.control.DialContext); err != nil {
+			return err
+		}
+	}
+	progress(fmt.Sprintf("starting the proxies of %d nodes", len(l.nodes)))
+	g, ctx := errgroup.WithContext(ctx)
+	for _, n := range l.nodes {
+		g.Go(func() error { return n.startProxy(ctx, plan.Bin, kubeconfig) })
+	}
+	return g.Wait()
+}
+
+func nodeObject(name string) *corev1.Node {
+	return &corev1.Node{
+		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{corev1.LabelHostname: name}},
+		Spec:       corev1.NodeSpec{PodCIDR: podRange.String(), PodCIDRs: []string{podRange.String()}},
+		Status: corev1.NodeStatus{Addresses: []corev1.NodeAddress{
+			{Type: corev1.NodeInternalIP, Address: nodeAddress.String()},
+			{Type: corev1.NodeHostName, Address: name},
+		}},
+	}
+}
+
+// watch closes failed when the control plane or a proxy ends.
+func (l *lab) watch(ctx context.Context) {
+	fail := func(err error) { l.once.Do(func() { l.err = err; close(l.failed) }) }
+	wait := func(done <-chan struct{}, err func() error) {
+		select {
+		case <-done:
+			fail(err())
+		case <-ctx.Done():
+		}
+	}
+	go wait(l.control.Done(), l.control.Err)
+	for _, n := range l.nodes {
+		if n.proxy != nil {
+			go wait(n.proxy.Done(), n.proxy.Err)
+		}
+	}
+}
+
+func (l *lab) Sites() []clusters.Site {
+	sites := make([]clusters.Site, len(l.nodes))
+	for i, n := range l.nodes {
+		sites[i] = n
+	}
+	return sites
+}
+
+func (l *lab) RESTConfig() *rest.Config         { return l.control.RESTConfig() }
+func (l *lab) Etcd() *clientv3.Client           { return l.etcd }
+func (l *lab) EndpointPrefixes() []netip.Prefix { return backendRanges }
+func (l *lab) ServiceCIDR() netip.Prefix        { return serviceRange }
+func (l *lab) Failed() <-chan struct{}          { return l.failed }
+
+func (l *lab) Err() error {
+	select {
+	case <-l.failed:
+		return l.err
+	default:
+		return nil
+	}
+}
+
+// Close ends every process of the lab at once and removes what it made. The cluster's state is worth nothing without it,
+// so nothing is asked to end in good order.
+func (l *lab) Close(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	l.stop()
+	var errs []error
+	if l.etcd != nil {
+		errs = append(errs, l.etcd.Close())
+	}
+	for _, n := range l.nodes {
+		errs = append(errs, n.close(ctx))
+	}
+	if l.control != nil {
+		errs = append(errs, l.control.Close(ctx))
+	}
+	errs = append(errs, l.run.close(ctx))
+	return errors.Join(errs...)
+}

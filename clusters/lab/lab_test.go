@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
+)
+
+// mustCreate opens a lab with the programs of bin/ and closes it with the test.
+func mustCreate(t *testing.T, name string, sites ...clusters.ProxySpec) *lab {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	bin, err := filepath.Abs("../../bin")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, program := range []string{"etcd", "kube-apiserver", "kube-proxy"} {
+		if _, err := os.Stat(filepath.Join(bin, program)); err != nil {
+			t.Skipf("needs %s in bin/: make build makes it", program)
+		}
+	}
+	cat, err := exec.LookPath("cat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := Provider{}.Create(t.Context(), clusters.Plan{
+		Name: fmt.Sprintf("test-%s-%d", name, os.Getpid()), Dir: t.TempDir(), Bin: bin, Program: cat, Sites: sites,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := c.(*lab)
+	t.Cleanup(func() {
+		if err := l.Close(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	return l
+}
+
+func TestPodsReachEachOtherAndNothingElse(t *testing.T) {
+	l := mustCreate(t, "pods", clusters.ProxySpec{Name: "direct"}, clusters.ProxySpec{Name: "hooks", ConntrackHooks: true})
+	for _, n := range l.nodes {
+		for i, b := range n.backends {
+			// The last address but one of the range: a pod answers on all of it.
+			last := backendRanges[i].Addr().As4()
+			last[2], last[3] = last[2]+63, 254
+			for _, a := range []string{b.Address().String(), net.IP(last[:]).String()} {
+				addr := net.JoinHostPort(a, "8080")
+				listener, err := b.ns.Listen(t.Context(), addr)
+				if err != nil {
+					t.Fatalf("%s: listen on %s: %v", n.spec.Name, addr, err)
+				}
+				conn, err := n.client.ns.DialContext(t.Context(), "tcp", addr)
+				if err != nil {
+					t.Fatalf("%s: client to %s: %v", n.spec.Name, addr, err)
+				}
+				if got := conn.LocalAddr().(*net.TCPAddr).IP.String(); got != clientAddress.String() {
+					t.Errorf("%s: the client's address is %s, want %s", n.spec.Name, got, clientAddress)
+				}
+				conn.Close()
+				listener.Close()
+			}
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		if conn, err := n.client.ns.DialContext(ctx, "tcp", "192.0.2.1:80"); err == nil {
+			conn.Close()
+			t.Errorf("%s: a pod reached an address outside the lab", n.spec.Name)
+		}
+		cancel()
+	}
+}
+
+func TestProcessesRunInsideTheirPod(t *testing.T) {
+	l := mustCreate(t, "exec", clusters.ProxySpec{Name: "direct"})
+	n := l.nodes[0]
+	p, err := n.client.Start(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.WriteString(p.Stdin(), "hello\n"); err != nil {
+		t.Fatal(err)
+	}
+	line, err := bufio.NewReader(p.Stdout()).ReadString('\n')
+	if err != nil || line != "hello\n" {
+		t.Fatalf("the process answered %q, %v", line, err)
+	}
+	pid := p.(*process).cmd.Process.Pid
+	group, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := "/node-direct/pod-client\n"; !strings.HasSuffix(string(group), want) {
+		t.Errorf("cgroup is %q, want one that ends with %q", group, want)
+	}
+	if err := n.Freeze(t.Context(), true); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Freeze(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(fmt.Sprintf("/proc/%d", pid)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the process lives on after Close: %v", err)
+	}
+}
+
+func TestKubeProxyIsReal(t *testing.T) {
+	if _, err := exec.LookPath("nft"); err != nil {
+		t.Skip("needs nft")
+	}
+	l := mustCreate(t, "proxy", clusters.ProxySpec{Name: "nftables", KubeProxy: "nftables"})
+	n := l.nodes[0]
+	client := http.Client{Transport: &http.Transport{DialContext: n.DialContext}}
+	resp, err := client.Get("http://127.0.0.1:10249/proxyMode")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if mode, _ := io.ReadAll(resp.Body); string(mode) != "nftables" {
+		t.Errorf("kube-proxy says mode %q", mode)
+	}
+	// A proxy that dies is told with the end of its log.
+	if err := n.proxy.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-l.Failed():
+	case <-time.After(10 * time.Second):
+		t.Fatal("the lab did not notice that kube-proxy died")
+	}
+	if err := l.Err(); !strings.Contains(err.Error(), "kube-proxy") || !strings.Contains(err.Error(), "killed") {
+		t.Errorf("the error does not say what died and how: %v", err)
+	}
+}
+
+func TestCleanRemovesWhatACrashLeft(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	name := fmt.Sprintf("test-clean-%d", os.Getpid())
+	r, err := newRun(name, t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := r.memory("etcd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	sleep, err := r.start(command{Name: "sleep", Argv: []string{"sleep", "600"}, Cgroup: r.cgroup, Log: filepath.Join(t.TempDir(), "log")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var told []string
+	report := func(line string) {
+		if strings.HasPrefix(line, name+":") {
+			told = append(told, line)
+		}
+	}
+	if err := Clean(t.Context(), report); err != nil {
+		t.Fatal(err)
+	}
+	if len(told) != 1 || !strings.Contains(told[0], "left alone") {
+		t.Errorf("clean said %q of a run that is alive", told)
+	}
+	if err := sleep.Err(); err != nil {
+		t.Fatalf("clean ended a process of a run that is alive: %v", err)
+	}
+
+	// The state file now names a process that is gone: the same pid, started at another time.
+	r.state.Owner.Start = "1"
+	b, err := json.Marshal(r.state)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(r.stateFile(), b, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	told = nil
+	if err := Clean(t.Context(), report); err != nil {
+		t.Fatal(err)
+	}
+	if len(told) != 1 || !strings.Contains(told[0], "removed") {
+		t.Errorf("clean said %q of a run that is gone", told)
+	}
+	<-sleep.Done()
+	for _, path := range []string{dir, r.cgroup.dir, r.stateFile()} {
+		if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s is left: %v", path, err)
+		}
+	}
+}
+
+func TestCleanRefusesForeignFolders(t *testing.T) {
+	for _, s := range []state{
+		{Cgroup: "/sys/fs/cgroup/system.slice"}, {Cgroup: "/"}, {Dirs: []string{"/home"}},
+		{Dirs: []string{"/dev/shm/plimsoll-x/../../etc"}}, {Dirs: []string{"/dev/shm/other"}},
+	} {
+		if err := s.check(); err == nil {
+			t.Errorf("a state file with %+v was taken", s)
+		}
+	}
+}

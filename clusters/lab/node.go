@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
+)
+
+// Every node has the same addresses: nodes are not connected to each other, so one fleet's endpoints are local on each of
+// them. 198.18.0.0/15 is for benchmarks of network devices (RFC 2544) and routed nowhere.
+var (
+	nodeAddress    = netip.MustParseAddr("198.18.0.1")
+	clientAddress  = netip.MustParseAddr("198.18.0.10")
+	podRange       = netip.MustParsePrefix("198.18.0.0/16")
+	serviceRange   = netip.MustParsePrefix("198.19.0.0/16")
+	backendRanges  = []netip.Prefix{netip.MustParsePrefix("198.18.64.0/18"), netip.MustParsePrefix("198.18.128.0/18")}
+	apiServerLocal = "127.0.0.1:6443"
+)
+
+// node is one network namespace with a client pod and backend pods behind veth pairs, and the mode's proxy.
+type node struct {
+	spec clusters.ProxySpec
+	run  *run
+	dir  string
+	// program is the plimsoll binary that runs in pods and as the agent.
+	program  string
+	ns       *clusters.NetNS
+	cgroup   *cgroup
+	client   *pod
+	backends []*pod
+	proxy    *process
+	// proxyGroup is nil without a proxy.
+	proxyGroup *cgroup
+	iptables   string
+	forwarder  net.Listener
+}
+
+var _ clusters.Site = (*node)(nil)
+
+func newNode(r *run, program string, spec clusters.ProxySpec) (*node, error) {
+	n := &node{spec: spec, run: r, program: program, dir: filepath.Join(r.dir, spec.Name)}
+	if err := n.build(); err != nil {
+		return nil, errors.Join(fmt.Errorf("node %s: %w", spec.Name, err), n.close(context.Background()))
+	}
+	return n, nil
+}
+
+func (n *node) build() error {
+	if err := os.MkdirAll(n.dir, 0o755); err != nil {
+		return err
+	}
+	var err error
+	if n.cgroup, err = n.run.cgroup.child("node-" + n.spec.Name); err != nil {
+		return err
+	}
+	if n.ns, err = clusters.NewNetNS(); err != nil {
+		return err
+	}
+	if err := n.addNodeAddress(); err != nil {
+		return err
+	}
+	// Subtle: a pod forwards to the node and the node to the pod, so only the node's namespace forwards. The setting is
+	// the namespace's own.
+	if err := n.sysctl("net/ipv4/ip_forward", "1"); err != nil {
+		return err
+	}
+	if n.client, err = n.addPod("client", clientAddress, netip.PrefixFrom(clientAddress, 32)); err != nil {
+		return err
+	}
+	for i, r := range backendRanges {
+		b, err := n.addPod(fmt.Sprintf("backend-%d", i), r.Addr().Next(), r)
+		if err != nil {
+			return err
+		}
+		n.backends = append(n.backends, b)
+	}
+	return nil
+}
+
+// addNodeAddress gives the node its address on the loopback link: it has no uplink, and kube-proxy wants an address.
+func (n *node) addNodeAddress() error {
+	h, err := n.ns.Netlink()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	lo, err := h.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	return h.AddrAdd(lo, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(nodeAddress, 32))})
+}
+
+// sysctl sets a value in the node's own namespace.
+func (n *node) sysctl(name, value string) error {
+	return n.ns.Do(func() error {
+		if err := os.WriteFile("/proc/sys/"+name, []byte(value), 0); err != nil {
+			return fmt.Errorf("set %s in node %s: %w", name, n.spec.Name, err)
+		}
+		return nil
+	})
+}
+
+func (n *node) Spec() clusters.ProxySpec   { return n.spec }
+func (n *node) Enter(f func() error) error { return n.ns.Do(f) }
+func (n *node) IPTables() string           { return n.iptables }
+func (n *node) Client() clusters.Pod       { return n.client }
+
+func (n *node) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	return n.ns.DialContext(ctx, network, address)
+}
+
+func (n *node) Backends() []clusters.Pod {
+	pods := make([]clusters.Pod, len(n.backends))
+	for i, b := range n.backends {
+		pods[i] = b
+	}
+	return pods
+}
+
+func (n *node) ProxyCgroup() string {
+	if n.proxyGroup == nil {
+		return ""
+	}
+	return n.proxyGroup.dir
+}
+
+func (n *node) Freeze(ctx context.Context, frozen bool) error {
+	return n.cgroup.freeze(ctx, frozen)
+}
+
+// close lets go of the node. Its processes end with the run's cgroup; its namespaces and links with its processes.
+func (n *node) close(ctx context.Context) error {
+	var errs []error
+	if n.forwarder != nil {
+		errs = append(errs, n.forwarder.Close())
+	}
+	if n.cgroup != nil {
+		errs = append(errs, n.cgroup.remove(ctx))
+	}
+	for _, p := range append([]*pod{n.client}, n.backends...) {
+		if p != nil {
+			errs = append(errs, p.ns.Close())
+		}
+	}
+	if n.ns != nil {
+		errs = append(errs, n.ns.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// forward carries connections to apiServerLocal inside the node to the API server, whose namespace has no link. The
+// listening socket is opened in the node's namespace, so nothing of it is on the host.
+func (n *node) forward(dial func(context.Context) (net.Conn, error)) error {
+	l, err := n.ns.Listen(context.Background(), apiServerLocal)
+	if err != nil {
+		return fmt.Errorf("node %s: listen for the API server: %w", n.spec.Name, err)
+	}
+	n.forwarder = l
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer conn.Close()
+				up, err := dial(context.Background())
+				if err != nil {
+					// The client sees a closed connection and tries again, as with any API server that is away.
+					return
+				}
+				defer up.Close()
+				go func() {
+					io.Copy(up, conn)
+					up.Close()
+				}()
+				io.Copy(conn, up)
+			}()
+		}
+	}()
+	return nil
+}

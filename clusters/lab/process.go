@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
+)
+
+// command says what to start, and where.
+type command struct {
+	// Name is what messages call it.
+	Name string
+	Argv []string
+	// Env is the whole environment; nil keeps this program's.
+	Env []string
+	// NetNS is the network namespace to start in; nil is the host's.
+	NetNS *clusters.NetNS
+	// Cgroup is the cgroup2 folder to start in.
+	Cgroup *cgroup
+	// Log receives standard error, and standard output unless Pipes is set. Its end is quoted when the process fails.
+	Log string
+	// Pipes connects standard input and output to the caller.
+	Pipes bool
+	// PrivateMounts gives the process a mount namespace of its own, so that what it mounts is not seen outside and is
+	// gone with it.
+	PrivateMounts bool
+}
+
+// process is a running command.
+type process struct {
+	command
+	cmd    *exec.Cmd
+	stdin  io.WriteCloser
+	stdout io.Reader
+	done   chan struct{}
+	err    error // set before done is closed
+}
+
+var _ clusters.Process = (*process)(nil)
+
+// start starts c below the run's cgroup. The process dies with this one, whatever way that ends.
+func (r *run) start(c command) (*process, error) {
+	log, err := os.OpenFile(c.Log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return nil, fmt.Errorf("open the log of %s: %w", c.Name, err)
+	}
+	defer log.Close()
+	group, err := os.Open(c.Cgroup.dir)
+	if err != nil {
+		return nil, fmt.Errorf("open the cgroup of %s: %w", c.Name, err)
+	}
+	defer group.Close()
+
+	p := &process{command: c, cmd: exec.Command(c.Argv[0], c.Argv[1:]...), done: make(chan struct{})}
+	p.cmd.Env, p.cmd.Stderr, p.cmd.Stdout = c.Env, log, log
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{
+		Pdeathsig:   syscall.SIGKILL,
+		UseCgroupFD: true,
+		CgroupFD:    int(group.Fd()),
+		// Subtle: a group of its own keeps Ctrl-C at the terminal from ending it before this program has said how.
+		Setpgid: true,
+	}
+	if c.PrivateMounts {
+		p.cmd.SysProcAttr.Unshareflags = syscall.CLONE_NEWNS
+	}
+	if c.Pipes {
+		p.cmd.Stdout = nil
+		if p.stdin, err = p.cmd.StdinPipe(); err != nil {
+			return nil, err
+		}
+		// Note: cmd.StdoutPipe was tried; Wait closes it while a reader may still want the last line.
+		read, write, err := os.Pipe()
+		if err != nil {
+			return nil, err
+		}
+		defer write.Close()
+		p.cmd.Stdout, p.stdout = write, read
+	}
+	enter := func(f func() error) error { return f() }
+	if c.NetNS != nil {
+		enter = c.NetNS.Do
+	}
+	if err := enter(p.cmd.Start); err != nil {
+		return nil, fmt.Errorf("start %s: %w", strings.Join(c.Argv, " "), err)
+	}
+	go func() {
+		p.err = p.failure(p.cmd.Wait())
+		close(p.done)
+	}()
+	return p, nil
+}
+
+// failure adds the command's line and the end of its output to the way in which it ended.
+func (p *process) failure(err error) error {
+	end := "ended"
+	if err != nil {
+		end = err.Error()
+	}
+	return fmt.Errorf("%s (%s): %s%s", p.Name, strings.Join(p.Argv, " "), end, logTail(p.Log))
+}
+
+// logTail is the last kilobyte of a log, on lines of its own; empty when there is none.
+func logTail(path string) string {
+	b, err := os.ReadFile(path)
+	if err != nil || len(b) == 0 {
+		return ""
+	}
+	if len(b) > 1024 {
+		b = b[len(b)-1024:]
+	}
+	return "; the end of " + path + ":\n" + strings.TrimSpace(string(b))
+}
+
+// Done is closed when the process has ended; Err then says how.
+func (p *process) Done() <-chan struct{} { return p.done }
+
+func (p *process) Err() error {
+	select {
+	case <-p.done:
+		return p.err
+	default:
+		return nil
+	}
+}
+
+func (p *process) Stdin() io.WriteCloser { return p.stdin }
+func (p *process) Stdout() io.Reader     { return p.stdout }
+
+// Close closes the process's input, asks it to end, and kills it when it has not within five seconds.
+func (p *process) Close(ctx context.Context) error {
+	if p.stdin != nil {
+		p.stdin.Close()
+	}
+	defer func() {
+		if c, ok := p.stdout.(io.Closer); ok {
+			c.Close()
+		}
+	}()
+	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("end %s: %w", p.Name, err)
+	}
+	t := time.NewTimer(5 * time.Second)
+	defer t.Stop()
+	select {
+	case <-p.done:
+		return nil
+	case <-t.C:
+	case <-ctx.Done():
+	}
+	if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("kill %s: %w", p.Name, err)
+	}
+	<-p.done
+	return nil
+}

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"time"
+
+	"k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/kube-proxy/config/v1alpha1"
+	"sigs.k8s.io/knftables"
+	"sigs.k8s.io/yaml"
+)
+
+// proxyHealth is where both kube-proxy and the agent answer inside their node.
+const proxyHealth = "127.0.0.1:10256"
+
+// startProxy starts what the node's spec asks for and returns when it is healthy.
+func (n *node) startProxy(ctx context.Context, bin, kubeconfig string) error {
+	if n.spec.ConntrackHooks {
+		if err := n.installConntrackHooks(ctx); err != nil {
+			return fmt.Errorf("node %s: %w", n.spec.Name, err)
+		}
+	}
+	var c command
+	var err error
+	switch {
+	case n.spec.KubeProxy != "":
+		c, err = n.kubeProxyCommand(bin, kubeconfig)
+	case n.spec.Agent:
+		c, err = n.agentCommand(kubeconfig)
+	default:
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("node %s: %w", n.spec.Name, err)
+	}
+	if n.proxyGroup, err = n.cgroup.child("proxy"); err != nil {
+		return err
+	}
+	c.NetNS, c.Cgroup, c.Log = n.ns, n.proxyGroup, filepath.Join(n.dir, c.Name+".log")
+	if n.proxy, err = n.run.start(c); err != nil {
+		return fmt.Errorf("node %s: %w", n.spec.Name, err)
+	}
+	return n.awaitHealthy(ctx)
+}
+
+// kubeProxyCommand writes kube-proxy's configuration and the folder of iptables commands that it finds on its PATH.
+func (n *node) kubeProxyCommand(bin, kubeconfig string) (command, error) {
+	path, err := n.writeIPTables()
+	if err != nil {
+		return command{}, err
+	}
+	zero := int32(0)
+	config := v1alpha1.KubeProxyConfiguration{
+		TypeMeta:           v1.TypeMeta{APIVersion: "kubeproxy.config.k8s.io/v1alpha1", Kind: "KubeProxyConfiguration"},
+		HostnameOverride:   n.spec.Name,
+		Mode:               v1alpha1.ProxyMode(n.spec.KubeProxy),
+		ClusterCIDR:        podRange.String(),
+		DetectLocalMode:    "ClusterCIDR",
+		HealthzBindAddress: proxyHealth,
+		MetricsBindAddress: "127.0.0.1:10249",
+		// nf_conntrack_max belongs to the whole host and cannot be set from a node's namespace.
+		Conntrack: v1alpha1.KubeProxyConntrackConfiguration{
+			MaxPerCore: &zero, Min: &zero,
+			TCPEstablishedTimeout: &v1.Duration{}, TCPCloseWaitTimeout: &v1.Duration{},
+		},
+	}
+	config.ClientConnection.Kubeconfig = kubeconfig
+	config.ClientConnection.ContentType = "application/vnd.kubernetes.protobuf"
+	if p := n.spec.MinSyncPeriod; p != nil {
+		config.IPTables.MinSyncPeriod.Duration = *p
+		config.IPVS.MinSyncPeriod.Duration = *p
+		config.NFTables.MinSyncPeriod.Duration = *p
+	}
+	b, err := yaml.Marshal(config)
+	if err != nil {
+		return command{}, err
+	}
+	file := filepath.Join(n.dir, "kube-proxy.yaml")
+	if err := os.WriteFile(file, b, 0o644); err != nil {
+		return command{}, fmt.Errorf("write kube-proxy's configuration: %w", err)
+	}
+	return command{
+		Name: "kube-proxy",
+		Argv: []string{filepath.Join(bin, "kube-proxy"), "--config", file, "--v", "2"},
+		Env:  append(os.Environ(), "PATH="+path+":"+os.Getenv("PATH")),
+	}, nil
+}
+
+// writeIPTables makes a folder of iptables commands that choose the backend and the node's own lock, for kube-proxy's PATH
+// and for those who read the rules.
+func (n *node) writeIPTables() (string, error) {
+	dir := filepath.Join(n.dir, "bin")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", err
+	}
+	if n.spec.IPTables == "" {
+		return dir, nil
+	}
+	multi, err := exec.LookPath("xtables-" + n.spec.IPTables + "-multi")
+	if err != nil {
+		return "", fmt.Errorf("%w; install the iptables package (plimsoll doctor --install)", err)
+	}
+	// Nodes must not wait for each other's, or the host's, lock.
+	lock := filepath.Join(n.dir, "xtables.lock")
+	for _, name := range []string{"iptables", "iptables-save", "iptables-restore", "ip6tables", "ip6tables-save", "ip6tables-restore"} {
+		script := fmt.Sprintf("#!/bin/sh\nXTABLES_LOCKFILE='%s' exec '%s' %s \"$@\"\n", lock, multi, name)
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(script), 0o755); err != nil {
+			return "", err
+		}
+	}
+	n.iptables = filepath.Join(dir, "iptables")
+	return dir, nil
+}
+
+func (n *node) agentCommand(kubeconfig string) (command, error) {
+	argv := []string{n.program, "agent",
+		"--kubeconfig", kubeconfig,
+		"--hostname-override", n.spec.Name,
+		"--cgroup", n.cgroup.dir,
+		"--healthz-bind-address", proxyHealth,
+		"--metrics-bind-address", "127.0.0.1:10249",
+	}
+	if p := n.spec.MinSyncPeriod; p != nil {
+		argv = append(argv, "--min-sync-period", p.String())
+	}
+	return command{Name: "agent", Argv: argv, PrivateMounts: true}, nil
+}
+
+// installConntrackHooks puts an inert table into the node: one conntrack rule and empty NAT chains. The kernel counts
+// references to its conntrack and NAT hooks per namespace by such rules (nf_ct_netns_get), so the hooks stay alive.
+func (n *node) installConntrackHooks(ctx context.Context) error {
+	return n.ns.Do(func() error {
+		nft, err := knftables.New(knftables.IPv4Family, "plimsoll-conntrack")
+		if err != nil {
+			return fmt.Errorf("reach nft: %w", err)
+		}
+		tx := nft.NewTransaction()
+		tx.Add(&knftables.Table{Comment: knftables.PtrTo("keeps conntrack and NAT hooks, changes nothing")})
+		tx.Add(&knftables.Chain{Name: "forward", Type: knftables.PtrTo(knftables.FilterType), Hook: knftables.PtrTo(knftables.ForwardHook), Priority: knftables.PtrTo(knftables.FilterPriority)})
+		tx.Add(&knftables.Rule{Chain: "forward", Rule: "ct state invalid counter"})
+		for _, hook := range []struct {
+			hook     knftables.BaseChainHook
+			priority knftables.BaseChainPriority
+		}{
+			{knftables.PreroutingHook, knftables.DNATPriority}, {knftables.InputHook, knftables.SNATPriority},
+			{knftables.OutputHook, knftables.DNATPriority}, {knftables.PostroutingHook, knftables.SNATPriority},
+		} {
+			tx.Add(&knftables.Chain{Name: "nat-" + string(hook.hook), Type: knftables.PtrTo(knftables.NATType), Hook: knftables.PtrTo(hook.hook), Priority: knftables.PtrTo(hook.priority)})
+		}
+		if err := nft.Run(ctx, tx); err != nil {
+			return fmt.Errorf("install the inert conntrack table: %w", err)
+		}
+		return nil
+	})
+}
+
+// awaitHealthy returns when the proxy's health check answers 200, which both kinds do after their first sync.
+func (n *node) awaitHealthy(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, 90*time.Second, errors.New("not within 90 s"))
+	defer cancel()
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	go func() {
+		select {
+		case <-n.proxy.Done():
+			fail(n.proxy.Err())
+		case <-ctx.Done():
+		}
+	}()
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+		return n.ns.DialContext(ctx, network, address)
+	}}}
+	return poll(ctx, n.proxy.Name+" on node "+n.spec.Name+" to be healthy", func() (bool, error) {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+proxyHealth+"/healthz", nil)
+		if err != nil {
+			return false, err
+		}
+		resp, err := client.Do(req)
+		if err != nil {
+			return false, err
+		}
+		defer resp.Body.Close()
+		io.Copy(io.Discard, resp.Body)
+		if resp.StatusCode != http.StatusOK {
+			return false, fmt.Errorf("healthz answers %s", resp.Status)
+		}
+		return true, nil
+	})
+}
