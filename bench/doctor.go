@@ -81,6 +81,9 @@ func binaries() (string, error) {
 	return filepath.Dir(self), nil
 }
 
+// installCure is what to do about missing packages.
+const installCure = "plimsoll doctor --install"
+
 // A state is what a check found.
 type state string
 
@@ -103,7 +106,7 @@ type finding struct {
 // printFindings writes one line each, aligned.
 func printFindings(w io.Writer, findings []finding) {
 	for _, f := range findings {
-		fmt.Fprintf(w, "%-5s %-20s %s\n", f.state, f.what, f.detail)
+		fmt.Fprintf(w, "%-5s %-21s %s\n", f.state, f.what, f.detail)
 	}
 }
 

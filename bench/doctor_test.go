@@ -9,7 +9,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/dataplane"
 )
 
 func find(t *testing.T, findings []finding, what string) finding {
@@ -50,9 +50,9 @@ func TestVerdict(t *testing.T) {
 
 func TestExamineWithoutRootSaysWhatItCannotTell(t *testing.T) {
 	findings := examine(t.Context(), fakeBinaries(t, "kube-apiserver", "kube-proxy", "etcd"), false)
-	for _, p := range kernelProbes {
-		if f := find(t, findings, p.what); f.state != unknown {
-			t.Errorf("without root %s is %q", p.what, f.state)
+	for _, m := range dataplane.Modes {
+		if f := find(t, findings, "mode "+m.Name()); f.state != unknown {
+			t.Errorf("without root mode %s is %q", m.Name(), f.state)
 		}
 	}
 	if err := verdict(findings); err == nil || !strings.Contains(err.Error(), "as root") {
@@ -136,32 +136,6 @@ func TestModuleNames(t *testing.T) {
 	}
 }
 
-func TestRulesAreTriedOnTheKernel(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("making a network namespace needs root")
-	}
-	if lookUp("nft") == "" {
-		t.Skip("nft is not installed")
-	}
-	ns, err := clusters.NewNetNS()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ns.Close()
-
-	if f := tryRules(t.Context(), ns, "table ip probe { chain output { type filter hook output priority 0; }; }", "a cure", "nft", "-f", "-"); f.state != has {
-		t.Errorf("a plain table is refused: %+v", f)
-	}
-	f := tryRules(t.Context(), ns, "table ip probe { chain output { no such rule; }; }", "a cure", "nft", "-f", "-")
-	if f.state != lacks || f.cure != "a cure" || !strings.Contains(f.detail, "Error: ") || strings.Contains(f.detail, "\n") {
-		t.Errorf("refused rules: %+v", f)
-	}
-	f = tryRules(t.Context(), ns, "", "a cure", "plimsoll-no-such-command")
-	if f.state != lacks || f.cure != installCure {
-		t.Errorf("a missing command: %+v", f)
-	}
-}
-
 func TestDoctorChangesNothingOfTheHosts(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("trying the kernel needs root")
@@ -192,9 +166,9 @@ func TestDoctorChangesNothingOfTheHosts(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "kube-apiserver") || !strings.Contains(err.Error(), "make build") {
 		t.Errorf("error is %v, want one that asks for make build", err)
 	}
-	for _, p := range kernelProbes {
-		if !strings.Contains(out.String(), " "+p.what+" ") {
-			t.Errorf("no line for %s in\n%s", p.what, out.String())
+	for _, m := range dataplane.Modes {
+		if !strings.Contains(out.String(), " mode "+m.Name()+" ") {
+			t.Errorf("no line for mode %s in\n%s", m.Name(), out.String())
 		}
 	}
 	if after := host(); after != before {
