@@ -15,6 +15,9 @@ export CGO_ENABLED := 0
 # The commit is stamped below. Go's own stamp fails when root builds in a user's checkout.
 export GOFLAGS := $(GOFLAGS) -buildvcs=false
 
+# The system's folders are not in everybody's PATH, nor in root's after su.
+export PATH := $(PATH):/usr/sbin:/sbin
+
 PROVIDER ?= lab
 PROFILE ?= default
 OUT ?=
