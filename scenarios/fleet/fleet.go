@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package fleet is the Services under test: N selectorless ClusterIP Services with E endpoints each, grown and shrunk rung
+// by rung, the same for every mode.
+package fleet
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"sync"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+)
+
+// Timing is how long a Scale took, each counted from its start.
+type Timing struct {
+	// Written: storage or API server has accepted the last write.
+	Written time.Duration
+	// Informed: our watches have shown exactly the wanted Services, slices and IPAddresses.
+	Informed time.Duration
+	// Listed: after that, LISTs have shown the same.
+	Listed time.Duration
+}
+
+// A Fleet is N Services in one cluster. Service and Len may be called during a Scale, which changes Len at its end.
+type Fleet struct {
+	plan   Plan
+	client kubernetes.Interface
+	write  writer
+	stored bool // write goes to the API server's storage
+	views  [kinds]*view
+	stop   context.CancelFunc
+	done   sync.WaitGroup
+
+	scaling sync.Mutex              // one Scale at a time
+	rand    *rand.Rand              // guarded by scaling
+	used    map[netip.Addr]struct{} // guarded by scaling: what addrs holds
+
+	mu    sync.RWMutex
+	addrs []netip.Addr // guarded by mu: the address of Service i; outlives a shrink, so that i keeps its address
+	size  int          // guarded by mu
+}
+
+// writer puts objects into the cluster and takes them out, many at a time. wrote is told how many more are done.
+type writer interface {
+	create(ctx context.Context, k kind, services []Service, wrote func(int)) error
+	remove(ctx context.Context, k kind, keys []string, wrote func(int)) error
+}
+
+// New makes an empty fleet. With etcd it writes into the API server's storage below prefix ("/registry") what the API server
+// itself would have stored, which it learns from one Service made through the API and removed again. With a nil etcd it
+// writes through the API, which takes minutes from some ten thousand Services on. It is an error when the namespace already
+// holds Services. Close ends the fleet's watches.
+func New(ctx context.Context, client kubernetes.Interface, etcd *clientv3.Client, prefix string, plan Plan) (*Fleet, error) {
+	if err := plan.validate(); err != nil {
+		return nil, err
+	}
+	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: plan.Namespace}}
+	if _, err := client.CoreV1().Namespaces().Create(ctx, ns, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
+		return nil, fmt.Errorf("namespace %s: %w", plan.Namespace, err)
+	}
+	found, err := client.CoreV1().Services(plan.Namespace).List(ctx, metav1.ListOptions{Limit: 1})
+	if err != nil {
+		return nil, fmt.Errorf("services in %s: %w", plan.Namespace, err)
+	}
+	if len(found.Items) > 0 {
+		return nil, fmt.Errorf("namespace %s already holds Services (%s): a fleet needs a namespace of its own", plan.Namespace, found.Items[0].Name)
+	}
+
+	f := &Fleet{
+		plan:   plan,
+		client: client,
+		write:  &apiWriter{client: client, plan: plan},
+		stored: etcd != nil,
+		rand:   rand.New(rand.NewPCG(plan.Seed, 0)),
+		used:   make(map[netip.Addr]struct{}),
+	}
+	if f.stored {
+		if f.write, err = newStorageWriter(ctx, client, etcd, prefix, plan); err != nil {
+			return nil, err
+		}
+	}
+	watching, stop := context.WithCancel(context.WithoutCancel(ctx))
+	f.stop = stop
+	for k := range kinds {
+		f.views[k] = newView(client, plan.Namespace, k)
+		f.done.Go(func() { f.views[k].run(watching) })
+	}
+	for _, v := range f.views {
+		if err := v.await(ctx, "its first list", func(map[string]string) bool { return true }); err != nil {
+			f.Close()
+			return nil, err
+		}
+	}
+	return f, nil
+}
+
+// Len is the number of Services after the last Scale.
+func (f *Fleet) Len() int {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	return f.size
+}
+
+// Service is number i of Len. The newest is Len-1. A Service keeps its name, address and backends through every Scale.
+func (f *Fleet) Service(i int) Service {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	return f.plan.service(i, f.addrs[i])
+}
+
+// Close ends the watches. The Services stay in the cluster: Scale to 0 removes them.
+func (f *Fleet) Close() {
+	f.stop()
+	f.done.Wait()
+}
+
+// Scale creates what is missing of Services 0 to n-1, deletes everything else in the namespace, and returns once LISTs and our
+// own watches show exactly n Services with their slices and IPAddresses. What others deleted since the last Scale is
+// missing. progress, which may be nil, is told how many objects (some three a Service) of how many are written.
+func (f *Fleet) Scale(ctx context.Context, n int, progress func(done, total int)) (Timing, error) {
+	f.scaling.Lock()
+	defer f.scaling.Unlock()
+	var t Timing
+	start := time.Now()
+	services, err := f.allocate(n)
+	if err != nil {
+		return t, err
+	}
+	var plans [kinds]change
+	for k := range kinds {
+		plans[k] = f.views[k].compare(k.entries(services, f.plan.Namespace))
+	}
+	if !f.stored {
+		// The API server makes and removes a Service's IPAddress itself.
+		plans[kindIPAddress].missing, plans[kindIPAddress].surplus = nil, nil
+	}
+	if err := f.apply(ctx, services, plans, progress); err != nil {
+		return t, err
+	}
+	t.Written = time.Since(start)
+
+	for k, c := range plans {
+		if err := f.views[k].await(ctx, fmt.Sprintf("exactly %d", n), c.done); err != nil {
+			return t, err
+		}
+	}
+	t.Informed = time.Since(start)
+
+	for k, c := range plans {
+		if err := kind(k).verify(ctx, f.client, f.plan.Namespace, c); err != nil {
+			return t, err
+		}
+	}
+	t.Listed = time.Since(start)
+	f.mu.Lock()
+	f.size = n
+	f.mu.Unlock()
+	return t, nil
+}
+
+// apply writes what is missing and removes what is surplus. The order is that of a careful administrator: a dataplane never
+// sees a Service before its endpoints, and the API server, which checks that each Service's address is allocated to it,
+// never a Service without its IPAddress.
+func (f *Fleet) apply(ctx context.Context, services []Service, plans [kinds]change, progress func(done, total int)) error {
+	count := counter{report: progress}
+	for _, c := range plans {
+		count.total += len(c.missing) + len(c.surplus)
+	}
+	for _, k := range []kind{kindService, kindSlice, kindIPAddress} {
+		if k == kindIPAddress && len(plans[k].surplus) > 0 {
+			left := len(plans[kindService].want) - len(plans[kindService].missing)
+			gone := func(have map[string]string) bool { return len(have) == left }
+			if err := f.views[kindService].await(ctx, fmt.Sprintf("no more than %d", left), gone); err != nil {
+				return err
+			}
+		}
+		if err := f.write.remove(ctx, k, plans[k].surplus, count.add); err != nil {
+			return err
+		}
+	}
+	for _, k := range []kind{kindIPAddress, kindSlice, kindService} {
+		if k == kindService && f.stored {
+			// Subtle: the API server's own check of addresses reads watches like ours; what ours show, its show too.
+			if err := f.views[kindIPAddress].await(ctx, fmt.Sprintf("exactly %d", len(services)), plans[kindIPAddress].done); err != nil {
+				return err
+			}
+		}
+		missing := make([]Service, 0, len(plans[k].missing))
+		for _, i := range plans[k].missing {
+			missing = append(missing, services[i])
+		}
+		if err := f.write.create(ctx, k, missing, count.add); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// allocate gives Services 0 to n-1 their addresses, new ones where they have none yet or lost it to somebody else.
+func (f *Fleet) allocate(n int) ([]Service, error) {
+	if room := f.plan.serviceRoom(); n < 0 || uint64(n) > room {
+		return nil, fmt.Errorf("%d Services: the Service range %s has room for 0 to %d", n, f.plan.ServiceCIDR, room)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	services := make([]Service, n)
+	for i := range n {
+		if i == len(f.addrs) {
+			f.addrs = append(f.addrs, netip.Addr{})
+		}
+		if !f.addrs[i].IsValid() || f.views[kindIPAddress].foreign(f.addrs[i].String()) {
+			addr, err := f.draw()
+			if err != nil {
+				return nil, err
+			}
+			f.addrs[i] = addr
+		}
+		services[i] = f.plan.service(i, f.addrs[i])
+	}
+	return services, nil
+}
+
+// draw finds an address that neither the fleet nor anybody else has.
+func (f *Fleet) draw() (netip.Addr, error) {
+	room := f.plan.serviceRoom()
+	first := f.rand.Uint64N(room)
+	for step := range room {
+		addr := f.plan.serviceAddr((first + step) % room)
+		if _, used := f.used[addr]; used || f.views[kindIPAddress].foreign(addr.String()) {
+			continue
+		}
+		f.used[addr] = struct{}{}
+		return addr, nil
+	}
+	return netip.Addr{}, fmt.Errorf("the Service range %s is full", f.plan.ServiceCIDR)
+}
+
+// counter adds up what parallel writers have done and reports it, one call at a time.
+type counter struct {
+	report func(done, total int)
+	total  int
+
+	mu   sync.Mutex
+	done int // guarded by mu
+}
+
+func (c *counter) add(n int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.done += n
+	if c.report != nil {
+		c.report(c.done, c.total)
+	}
+}
