@@ -1,0 +1,346 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lb_test
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/plimsoll-bench/plimsoll/dataplane/lb"
+	"github.com/plimsoll-bench/plimsoll/dataplane/lb/lbtest"
+	"golang.org/x/sys/unix"
+)
+
+func TestMain(m *testing.M) { lbtest.Main(m) }
+
+// mustLoad loads a Balancer that is attached to the pod's cgroup until the test ends.
+func mustLoad(tb testing.TB, pod *lbtest.Pod, options lb.Options) *lb.Balancer {
+	tb.Helper()
+	b, err := lb.Load(options)
+	if errors.Is(err, lb.ErrNotSupported) {
+		tb.Skipf("skipped: %v", err)
+	}
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		if err := b.Close(); err != nil {
+			tb.Error(err)
+		}
+	})
+	if err := b.Attach(pod.Cgroup); err != nil {
+		tb.Fatal(err)
+	}
+	return b
+}
+
+func mustSync(tb testing.TB, b *lb.Balancer, changes ...lb.Change) {
+	tb.Helper()
+	if err := b.Sync(changes); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+func tcp(address string) lb.Frontend {
+	return lb.Frontend{Address: netip.MustParseAddrPort(address), Protocol: lb.TCP}
+}
+
+func udp(address string) lb.Frontend {
+	return lb.Frontend{Address: netip.MustParseAddrPort(address), Protocol: lb.UDP}
+}
+
+func to(frontend lb.Frontend, backends ...string) lb.Change {
+	c := lb.Change{Frontend: frontend}
+	for _, b := range backends {
+		c.Backends = append(c.Backends, netip.MustParseAddrPort(b))
+	}
+	return c
+}
+
+// wantAnswers fails the test unless all n connects were answered by one of backends.
+func wantAnswers(tb testing.TB, got lbtest.Outcome, n int, backends ...string) {
+	tb.Helper()
+	answered := 0
+	for _, backend := range backends {
+		answered += got.Answers[backend]
+	}
+	if answered != n || len(got.Errors) > 0 {
+		tb.Errorf("%d connects: want them answered by %v, got %+v", n, backends, got)
+	}
+}
+
+func wantErrors(tb testing.TB, got lbtest.Outcome, n int, number unix.Errno) {
+	tb.Helper()
+	if got.Errors[number.Error()] != n || len(got.Answers) > 0 {
+		tb.Errorf("%d connects: want %q from each, got %+v", n, number, got)
+	}
+}
+
+const vip = "10.96.0.10:80"
+
+func TestConnect(t *testing.T) {
+	pod := lbtest.StartPod(t)
+	for _, network := range []string{"tcp", "udp"} {
+		pod.Listen(t, network, "127.0.0.1:8080")
+		pod.Listen(t, network, "127.0.0.2:8081")
+	}
+	b := mustLoad(t, pod, lb.Options{})
+
+	t.Run("an unknown address is untouched", func(t *testing.T) {
+		wantAnswers(t, pod.Connect(t, "tcp", "127.0.0.1:8080", 1), 1, "127.0.0.1:8080")
+		wantErrors(t, pod.Connect(t, "tcp", vip, 1), 1, unix.ENETUNREACH)
+	})
+	t.Run("a TCP frontend is answered by its backends", func(t *testing.T) {
+		mustSync(t, b, to(tcp(vip), "127.0.0.1:8080", "127.0.0.2:8081"))
+		wantAnswers(t, pod.Connect(t, "tcp", vip, 50), 50, "127.0.0.1:8080", "127.0.0.2:8081")
+	})
+	t.Run("UDP at the same address and port is another frontend", func(t *testing.T) {
+		wantErrors(t, pod.Connect(t, "udp", vip, 1), 1, unix.ENETUNREACH)
+		mustSync(t, b, to(udp(vip), "127.0.0.2:8081"))
+		wantAnswers(t, pod.Connect(t, "udp", vip, 20), 20, "127.0.0.2:8081")
+	})
+	t.Run("another port is not", func(t *testing.T) {
+		wantErrors(t, pod.Connect(t, "tcp", "10.96.0.10:81", 1), 1, unix.ENETUNREACH)
+	})
+	t.Run("a change of backends moves the next connect", func(t *testing.T) {
+		mustSync(t, b, to(tcp(vip), "127.0.0.2:8081"))
+		wantAnswers(t, pod.Connect(t, "tcp", vip, 50), 50, "127.0.0.2:8081")
+	})
+	t.Run("no backends refuse at once", func(t *testing.T) {
+		mustSync(t, b, to(tcp(vip)), to(udp(vip)))
+		wantErrors(t, pod.Connect(t, "tcp", vip, 3), 3, unix.ECONNREFUSED)
+		wantErrors(t, pod.Connect(t, "udp", vip, 3), 3, unix.ECONNREFUSED)
+	})
+	t.Run("backends come back", func(t *testing.T) {
+		mustSync(t, b, to(tcp(vip), "127.0.0.1:8080"))
+		wantAnswers(t, pod.Connect(t, "tcp", vip, 3), 3, "127.0.0.1:8080")
+	})
+	t.Run("a withdrawn frontend is not translated", func(t *testing.T) {
+		mustSync(t, b, lb.Change{Frontend: tcp(vip), Withdraw: true}, lb.Change{Frontend: udp(vip), Withdraw: true})
+		wantErrors(t, pod.Connect(t, "tcp", vip, 1), 1, unix.ENETUNREACH)
+		mustSync(t, b, lb.Change{Frontend: tcp(vip), Withdraw: true})
+	})
+	t.Run("detaching ends translation", func(t *testing.T) {
+		mustSync(t, b, to(tcp(vip), "127.0.0.1:8080"))
+		if err := b.Detach(); err != nil {
+			t.Fatal(err)
+		}
+		wantErrors(t, pod.Connect(t, "tcp", vip, 1), 1, unix.ENETUNREACH)
+		if err := b.Attach(pod.Cgroup); err != nil {
+			t.Fatal(err)
+		}
+		wantAnswers(t, pod.Connect(t, "tcp", vip, 1), 1, "127.0.0.1:8080")
+	})
+}
+
+// Connects are spread evenly over five backends, by chi-square.
+func TestUniform(t *testing.T) {
+	pod := lbtest.StartPod(t)
+	var backends []string
+	for i := range 5 {
+		backends = append(backends, fmt.Sprintf("127.0.0.%d:8080", i+1))
+		pod.Listen(t, "tcp", backends[i])
+	}
+	b := mustLoad(t, pod, lb.Options{})
+	mustSync(t, b, to(tcp(vip), backends...))
+
+	const n = 5000
+	got := pod.Connect(t, "tcp", vip, n)
+	wantAnswers(t, got, n, backends...)
+	expected, chiSquare := float64(n)/5, 0.0
+	for _, backend := range backends {
+		d := float64(got.Answers[backend]) - expected
+		chiSquare += d * d / expected
+	}
+	const onceInAMillion = 33.4 // with 4 degrees of freedom
+	if chiSquare > onceInAMillion {
+		t.Errorf("chi-square is %.1f: %v", chiSquare, got.Answers)
+	}
+}
+
+// No connect is lost or goes astray while its frontend and its neighbours change as fast as they can. The grace period
+// is the shortest there is, so that regions and hash elements are used again at once.
+func TestFlip(t *testing.T) {
+	pod := lbtest.StartPod(t)
+	for _, address := range []string{"127.0.0.1:8080", "127.0.0.2:8080", "127.0.0.3:8080"} {
+		pod.Listen(t, "tcp", address)
+	}
+	b := mustLoad(t, pod, lb.Options{Backends: 64, Grace: 1})
+	states := [][]string{{"127.0.0.1:8080"}, {"127.0.0.2:8080", "127.0.0.1:8080"}, {"127.0.0.2:8080"}}
+	mustSync(t, b, to(tcp(vip), states[0]...))
+
+	stop := pod.Hammer(t, "tcp", vip)
+	flips := 0
+	for deadline := time.Now().Add(2 * time.Second); time.Now().Before(deadline); flips++ {
+		neighbour := lb.Change{Frontend: tcp("10.96.0.11:80"), Withdraw: flips%2 == 0}
+		if !neighbour.Withdraw {
+			neighbour = to(neighbour.Frontend, "127.0.0.3:8080")
+		}
+		mustSync(t, b, to(tcp(vip), states[flips%len(states)]...), neighbour)
+	}
+	got := stop()
+	t.Logf("%d flips: %+v", flips, got)
+	if got.Answers["127.0.0.3:8080"] > 0 || len(got.Errors) > 0 {
+		t.Errorf("lost or astray: %+v", got)
+	}
+	if got.Answers["127.0.0.1:8080"] == 0 || got.Answers["127.0.0.2:8080"] == 0 {
+		t.Errorf("want both backends seen, got %+v", got)
+	}
+}
+
+func TestFullMaps(t *testing.T) {
+	pod := lbtest.StartPod(t)
+	pod.Listen(t, "tcp", "127.0.0.1:8080")
+
+	t.Run("services", func(t *testing.T) {
+		b := mustLoad(t, pod, lb.Options{Services: 2})
+		first, second, third := tcp("10.96.0.1:80"), tcp("10.96.0.2:80"), tcp("10.96.0.3:80")
+		err := b.Sync([]lb.Change{to(first, "127.0.0.1:8080"), to(second, "127.0.0.1:8080"), to(third, "127.0.0.1:8080")})
+		wantFull(t, err, third)
+		for _, f := range []lb.Frontend{first, second} {
+			wantAnswers(t, pod.Connect(t, "tcp", f.Address.String(), 1), 1, "127.0.0.1:8080")
+		}
+		mustSync(t, b, to(third, "127.0.0.1:8080"), lb.Change{Frontend: first, Withdraw: true})
+		wantAnswers(t, pod.Connect(t, "tcp", third.Address.String(), 1), 1, "127.0.0.1:8080")
+	})
+	t.Run("backends", func(t *testing.T) {
+		b := mustLoad(t, pod, lb.Options{Backends: 2, Grace: time.Nanosecond})
+		small, large := tcp("10.96.0.1:80"), tcp("10.96.0.2:80")
+		err := b.Sync([]lb.Change{to(large, "127.0.0.1:8080", "127.0.0.1:8080", "127.0.0.1:8080"), to(small, "127.0.0.1:8080")})
+		wantFull(t, err, large)
+		wantAnswers(t, pod.Connect(t, "tcp", small.Address.String(), 1), 1, "127.0.0.1:8080")
+		mustSync(t, b, lb.Change{Frontend: small, Withdraw: true})
+		mustSync(t, b, to(large, "127.0.0.1:8080", "127.0.0.1:8080"))
+		wantAnswers(t, pod.Connect(t, "tcp", large.Address.String(), 1), 1, "127.0.0.1:8080")
+	})
+}
+
+// wantFull expects that one frontend, and no other, found no room.
+func wantFull(t *testing.T, err error, frontend lb.Frontend) {
+	t.Helper()
+	var which *lb.FrontendError
+	if !errors.Is(err, lb.ErrFull) || !errors.As(err, &which) || which.Frontend != frontend || strings.Count(err.Error(), "frontend") != 1 {
+		t.Errorf("want an error that %v found no room, got %v", frontend, err)
+	}
+}
+
+func TestSyncRefuses(t *testing.T) {
+	pod := lbtest.StartPod(t)
+	b := mustLoad(t, pod, lb.Options{})
+	for name, change := range map[string]lb.Change{
+		"frontend [fd00::1]:80 is not IPv4":  to(tcp("[fd00::1]:80"), "127.0.0.1:80"),
+		"backend [fd00::2]:80 is not IPv4":   to(tcp(vip), "[fd00::2]:80"),
+		"backend 127.0.0.1:0 has no port":    to(tcp(vip), "127.0.0.1:0"),
+		"frontend 10.96.0.10:0 has no port":  to(tcp("10.96.0.10:0"), "127.0.0.1:80"),
+		"65536 backends: want at most 65535": {Frontend: tcp(vip), Backends: make([]netip.AddrPort, 65536)},
+	} {
+		if err := b.Sync([]lb.Change{change}); err == nil || !strings.Contains(err.Error(), name) {
+			t.Errorf("want %q, got %v", name, err)
+		}
+	}
+	if got := b.Counts(); got.Frontends != 0 || got.Slots != 0 {
+		t.Errorf("want nothing published, got %+v", got)
+	}
+}
+
+func TestAttachRefuses(t *testing.T) {
+	root, err := lbtest.Cgroup2Mount()
+	if err != nil {
+		t.Skipf("skipped: %v", err)
+	}
+	b, err := lb.Load(lb.Options{})
+	if err != nil {
+		t.Skipf("skipped: %v", err)
+	}
+	defer b.Close()
+	if _, err := os.Stat(root + "/cgroup.type"); errors.Is(err, os.ErrNotExist) {
+		if err := b.Attach(root); !errors.Is(err, lb.ErrRootCgroup) {
+			t.Errorf("root cgroup: want ErrRootCgroup, got %v", err)
+		}
+	}
+	for _, folder := range []string{t.TempDir(), root + "/no-such-folder"} {
+		if err := b.Attach(folder); err == nil || !strings.Contains(err.Error(), folder) {
+			t.Errorf("want an error that names %s, got %v", folder, err)
+		}
+	}
+}
+
+// What is pinned goes on without its process, and is taken over by the next one.
+func TestPins(t *testing.T) {
+	pod := lbtest.StartPod(t)
+	pod.Listen(t, "tcp", "127.0.0.1:8080")
+	pod.Listen(t, "tcp", "127.0.0.2:8080")
+	options := lb.Options{PinDir: mustMountBPF(t)}
+	load := func() *lb.Balancer {
+		b, err := lb.Load(options)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := b.Attach(pod.Cgroup); err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	other := tcp("10.96.0.11:80")
+
+	first := load()
+	mustSync(t, first, to(tcp(vip), "127.0.0.1:8080"), to(other, "127.0.0.1:8080", "127.0.0.2:8080"))
+	before := first.Counts()
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	wantAnswers(t, pod.Connect(t, "tcp", vip, 1), 1, "127.0.0.1:8080")
+
+	stop := pod.Hammer(t, "tcp", vip)
+	second := load()
+	if got := second.Counts(); got != before {
+		t.Errorf("taken over: want %+v, got %+v", before, got)
+	}
+	frontends := slices.SortedFunc(second.Frontends(), func(a, b lb.Frontend) int { return a.Address.Compare(b.Address) })
+	if want := []lb.Frontend{tcp(vip), other}; !slices.Equal(frontends, want) {
+		t.Errorf("taken over: want %v, got %v", want, frontends)
+	}
+	mustSync(t, second, to(tcp(vip), "127.0.0.2:8080"))
+	got := stop()
+	wantAnswers(t, got, got.Answers["127.0.0.1:8080"]+got.Answers["127.0.0.2:8080"], slices.Collect(maps.Keys(got.Answers))...)
+	wantAnswers(t, pod.Connect(t, "tcp", vip, 5), 5, "127.0.0.2:8080")
+	wantAnswers(t, pod.Connect(t, "tcp", other.Address.String(), 5), 5, "127.0.0.1:8080", "127.0.0.2:8080")
+
+	if _, err := lb.Load(lb.Options{PinDir: options.PinDir, Services: 5}); err == nil || !strings.Contains(err.Error(), options.PinDir) {
+		t.Errorf("other sizes: want an error that names the folder, got %v", err)
+	}
+	if err := errors.Join(second.Detach(), second.Close()); err != nil {
+		t.Fatal(err)
+	}
+	wantErrors(t, pod.Connect(t, "tcp", vip, 1), 1, unix.ENETUNREACH)
+}
+
+// mustMountBPF mounts a bpffs that only this test's thread sees. The thread ends with the test.
+func mustMountBPF(t *testing.T) string {
+	t.Helper()
+	runtime.LockOSThread()
+	if err := unix.Unshare(unix.CLONE_NEWNS | unix.CLONE_FS); err != nil {
+		t.Skipf("skipped: mount namespace: %v", err)
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		t.Fatalf("make mounts private: %v", err)
+	}
+	folder := t.TempDir()
+	if err := unix.Mount("bpf", folder, "bpf", 0, ""); err != nil {
+		t.Skipf("skipped: bpffs: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(folder, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	return folder
+}

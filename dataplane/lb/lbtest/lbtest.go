@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package lbtest runs pods for tests: processes in a network namespace and a cgroup of their own, that listen and connect
+// as they are told.
+package lbtest
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"net/rpc"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// podVariable, when set, makes a test binary a pod.
+const podVariable = "PLIMSOLL_LBTEST_POD"
+
+// Main runs the tests of a package that starts pods, or a pod. It stands alone in TestMain.
+func Main(m *testing.M) {
+	if os.Getenv(podVariable) != "" {
+		if err := servePod(); err != nil {
+			fmt.Fprintln(os.Stderr, "pod:", err)
+			os.Exit(1)
+		}
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// A Pod is a process that a test gives orders to. Its network namespace has a loopback interface that is up and no way
+// out; 127.0.0.0/8 and the addresses of AddAddress are its own.
+type Pod struct {
+	Cgroup string // its cgroup2 folder
+	orders *rpc.Client
+}
+
+// StartPod starts a pod that ends with the test. It skips the test where there is no root or no cgroup2.
+func StartPod(tb testing.TB) *Pod {
+	tb.Helper()
+	cgroup := NewCgroup(tb)
+	folder, err := os.Open(cgroup)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	defer folder.Close()
+
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), podVariable+"=1")
+	cmd.Stderr = os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET, UseCgroupFD: true, CgroupFD: int(folder.Fd())}
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		tb.Fatalf("start a pod: %v", err)
+	}
+	orders := rpc.NewClient(pipes{out, in})
+	// The pod ends when its standard input does, also if this process is killed.
+	tb.Cleanup(func() {
+		if err := orders.Close(); err != nil {
+			tb.Errorf("close the pod's input: %v", err)
+		}
+		if err := cmd.Wait(); err != nil {
+			tb.Errorf("pod: %v", err)
+		}
+	})
+	pod := &Pod{Cgroup: cgroup, orders: orders}
+	pod.do(tb, "Up", struct{}{}, nil)
+	return pod
+}
+
+var cgroups atomic.Int64
+
+// NewCgroup makes a cgroup2 folder that is removed after the test.
+func NewCgroup(tb testing.TB) string {
+	tb.Helper()
+	if os.Geteuid() != 0 {
+		tb.Skip("skipped: needs root")
+	}
+	root, err := Cgroup2Mount()
+	if err != nil {
+		tb.Skipf("skipped: %v", err)
+	}
+	cgroup := filepath.Join(root, fmt.Sprintf("plimsoll-test-%d-%d", os.Getpid(), cgroups.Add(1)))
+	if err := os.Mkdir(cgroup, 0o755); err != nil {
+		tb.Skipf("skipped: %v", err)
+	}
+	tb.Cleanup(func() {
+		if err := os.Remove(cgroup); err != nil {
+			tb.Error(err)
+		}
+	})
+	return cgroup
+}
+
+// Cgroup2Mount finds where cgroup2 is mounted.
+func Cgroup2Mount() (string, error) {
+	file, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return "", err
+	}
+	defer file.Close()
+	for lines := bufio.NewScanner(file); lines.Scan(); {
+		// proc_pid_mountinfo(5): the fifth field is the mount point, the first after " - " the type.
+		before, after, _ := strings.Cut(lines.Text(), " - ")
+		if fields := strings.Fields(before); len(fields) > 4 && strings.HasPrefix(after, "cgroup2 ") {
+			return fields[4], nil
+		}
+	}
+	return "", errors.New("no cgroup2 is mounted")
+}
+
+// Outcome counts what came of connects: by what the server answered, and errors by their text.
+type Outcome struct {
+	Answers map[string]int
+	Errors  map[string]int
+}
+
+// AddAddress gives the pod's loopback interface an address in CIDR form.
+func (p *Pod) AddAddress(tb testing.TB, cidr string) {
+	tb.Helper()
+	p.do(tb, "AddAddress", cidr, nil)
+}
+
+// Listen serves network ("tcp" or "udp") at address until the test ends. Who connects, and for UDP sends, is answered
+// with the address.
+func (p *Pod) Listen(tb testing.TB, network, address string) {
+	tb.Helper()
+	p.do(tb, "Listen", Target{Network: network, Address: address}, nil)
+}
+
+// Connect connects to address n times, one after the other, and reads the answers.
+func (p *Pod) Connect(tb testing.TB, network, address string, n int) Outcome {
+	tb.Helper()
+	var outcome Outcome
+	p.do(tb, "Connect", Target{Network: network, Address: address, N: n}, &outcome)
+	return outcome
+}
+
+// Hammer connects to address without a pause until stop is called, which tells what came of it. It returns when the first
+// connect is over.
+func (p *Pod) Hammer(tb testing.TB, network, address string) (stop func() Outcome) {
+	tb.Helper()
+	p.do(tb, "StartHammer", Target{Network: network, Address: address}, nil)
+	return func() Outcome {
+		tb.Helper()
+		var outcome Outcome
+		p.do(tb, "StopHammer", struct{}{}, &outcome)
+		return outcome
+	}
+}
+
+// Sink listens at address and drops what comes, every 5 ms, so that a connect wakes nobody.
+func (p *Pod) Sink(tb testing.TB, address string) {
+	tb.Helper()
+	p.do(tb, "Sink", address, nil)
+}
+
+// ConnectTimes times n raw connect(2) calls to addresses in turn, in nanoseconds; each socket is closed by RST.
+func (p *Pod) ConnectTimes(tb testing.TB, n int, addresses []string) []int64 {
+	tb.Helper()
+	var times []int64
+	p.do(tb, "ConnectTimes", Timing{N: n, Addresses: addresses}, &times)
+	return times
+}
+
+func (p *Pod) do(tb testing.TB, order string, argument, reply any) {
+	tb.Helper()
+	if reply == nil {
+		reply = &struct{}{}
+	}
+	if err := p.orders.Call("Orders."+order, argument, reply); err != nil {
+		tb.Fatalf("pod: %s: %v", order, err)
+	}
+}
+
+// pipes makes one stream of two.
+type pipes struct {
+	io.ReadCloser
+	out io.WriteCloser
+}
+
+func (p pipes) Write(b []byte) (int, error) { return p.out.Write(b) }
+func (p pipes) Close() error                { return errors.Join(p.out.Close(), p.ReadCloser.Close()) }

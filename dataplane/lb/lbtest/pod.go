@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lbtest
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"net/rpc"
+	"os"
+	"runtime"
+	"syscall"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// patience is how long a connect or an answer may take.
+const patience = 2 * time.Second
+
+// servePod takes orders from standard input until it ends.
+func servePod() error {
+	server := rpc.NewServer()
+	if err := server.Register(&Orders{}); err != nil {
+		return err
+	}
+	server.ServeConn(pipes{os.Stdin, os.Stdout})
+	return nil
+}
+
+// Orders are what a pod does. They are exported for net/rpc.
+type Orders struct {
+	stop    chan struct{}
+	outcome chan Outcome
+}
+
+// A Target is what a pod listens at or connects to.
+type Target struct {
+	Network, Address string
+	N                int
+}
+
+// A Timing is what ConnectTimes connects to.
+type Timing struct {
+	N         int
+	Addresses []string
+}
+
+// Up is Pod's order to bring the loopback interface up.
+func (*Orders) Up(struct{}, *struct{}) error {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	return netlink.LinkSetUp(lo)
+}
+
+// AddAddress is the order of the same name.
+func (*Orders) AddAddress(cidr string, _ *struct{}) error {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	address, err := netlink.ParseAddr(cidr)
+	if err != nil {
+		return err
+	}
+	return netlink.AddrAdd(lo, address)
+}
+
+// Listen is the order of the same name.
+func (*Orders) Listen(t Target, _ *struct{}) error {
+	if t.Network == "udp" {
+		conn, err := net.ListenPacket(t.Network, t.Address)
+		if err != nil {
+			return err
+		}
+		go func() {
+			buffer := make([]byte, 16)
+			for {
+				_, from, err := conn.ReadFrom(buffer)
+				if err != nil {
+					return
+				}
+				conn.WriteTo([]byte(t.Address), from) // a lost answer is the client's error
+			}
+		}()
+		return nil
+	}
+	listener, err := net.Listen(t.Network, t.Address)
+	if err != nil {
+		return err
+	}
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			conn.Write([]byte(t.Address)) // a lost answer is the client's error
+			conn.Close()
+		}
+	}()
+	return nil
+}
+
+// Connect is the order of the same name.
+func (*Orders) Connect(t Target, outcome *Outcome) error {
+	*outcome = newOutcome()
+	for range t.N {
+		outcome.add(ask(t.Network, t.Address))
+	}
+	return nil
+}
+
+// StartHammer is Hammer's order.
+func (o *Orders) StartHammer(t Target, _ *struct{}) error {
+	o.stop, o.outcome = make(chan struct{}), make(chan Outcome)
+	first := make(chan struct{})
+	go func() {
+		outcome := newOutcome()
+		outcome.add(ask(t.Network, t.Address))
+		close(first)
+		for {
+			select {
+			case <-o.stop:
+				o.outcome <- outcome
+				return
+			default:
+				outcome.add(ask(t.Network, t.Address))
+			}
+		}
+	}()
+	<-first
+	return nil
+}
+
+// StopHammer is the order of the function that Hammer returns.
+func (o *Orders) StopHammer(_ struct{}, outcome *Outcome) error {
+	close(o.stop)
+	*outcome = <-o.outcome
+	return nil
+}
+
+func newOutcome() Outcome { return Outcome{Answers: map[string]int{}, Errors: map[string]int{}} }
+
+func (o Outcome) add(answer string, err error) {
+	if err == nil {
+		o.Answers[answer]++
+		return
+	}
+	var number syscall.Errno
+	if errors.As(err, &number) {
+		err = number
+	}
+	o.Errors[err.Error()]++
+}
+
+// ask connects and returns the server's answer.
+func ask(network, address string) (string, error) {
+	conn, err := net.DialTimeout(network, address, patience)
+	if err != nil {
+		return "", err
+	}
+	defer conn.Close()
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		// An RST at the end leaves no TIME_WAIT, which would use the ports up.
+		if err := tcp.SetLinger(0); err != nil {
+			return "", err
+		}
+	}
+	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
+		return "", err
+	}
+	if network == "udp" {
+		if _, err := conn.Write([]byte{'?'}); err != nil {
+			return "", err
+		}
+	}
+	answer := make([]byte, 64)
+	n, err := conn.Read(answer)
+	return string(answer[:n]), err
+}
+
+// Sink is the order of the same name.
+func (*Orders) Sink(address string, _ *struct{}) error {
+	listener, err := net.Listen("tcp4", address)
+	if err != nil {
+		return err
+	}
+	file, err := listener.(*net.TCPListener).File()
+	if err != nil {
+		return err
+	}
+	fd := int(file.Fd())
+	if err := unix.SetNonblock(fd, true); err != nil {
+		return err
+	}
+	go func() {
+		defer listener.Close()
+		defer file.Close() // Subtle: and so not before, as a finalizer would
+		for range time.Tick(5 * time.Millisecond) {
+			for {
+				conn, _, err := unix.Accept(fd)
+				if err != nil {
+					break
+				}
+				unix.Close(conn)
+			}
+		}
+	}()
+	return nil
+}
+
+// ConnectTimes is the order of the same name.
+func (*Orders) ConnectTimes(t Timing, times *[]int64) error {
+	targets := make([]unix.Sockaddr, len(t.Addresses))
+	for i, a := range t.Addresses {
+		address, err := netip.ParseAddrPort(a)
+		if err != nil {
+			return err
+		}
+		targets[i] = &unix.SockaddrInet4{Addr: address.Addr().As4(), Port: int(address.Port())}
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	*times = make([]int64, t.N)
+	for i := range *times {
+		nanoseconds, err := timeConnect(targets[i%len(targets)])
+		if err != nil {
+			return fmt.Errorf("connect to %s: %w", t.Addresses[i%len(targets)], err)
+		}
+		(*times)[i] = nanoseconds
+	}
+	return nil
+}
+
+func timeConnect(target unix.Sockaddr) (int64, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer unix.Close(fd)
+	if err := unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}); err != nil {
+		return 0, err
+	}
+	start := time.Now()
+	err = unix.Connect(fd, target)
+	return time.Since(start).Nanoseconds(), err
+}

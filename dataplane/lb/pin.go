@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lb
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+)
+
+// layout names the folder of the pins. It changes with what the words in the maps mean.
+const layout = "v1"
+
+func (b *Balancer) pinDir() string  { return filepath.Join(b.options.PinDir, layout) }
+func (b *Balancer) linkPin() string { return filepath.Join(b.pinDir(), connectProgConnect4) }
+
+// replacePinned puts this Balancer's program in the place of the one that a pinned link attached to cgroup. It returns
+// nil if there is none. A pinned link to another cgroup, or to one that is gone, is removed.
+func (b *Balancer) replacePinned(cgroup string) (link.Link, error) {
+	l, err := link.LoadPinnedLink(b.linkPin(), nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open the pinned link: %w", err)
+	}
+	same, err := attachedTo(l, cgroup)
+	if err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	if !same {
+		if err := errors.Join(l.Unpin(), l.Close()); err != nil {
+			return nil, fmt.Errorf("remove the pinned link to another cgroup: %w", err)
+		}
+		return nil, nil
+	}
+	if err := l.Update(b.objects.Connect4); err != nil {
+		return nil, errors.Join(fmt.Errorf("replace the program: %w", err), l.Close())
+	}
+	return l, nil
+}
+
+// attachedTo tells whether a link is attached to a cgroup, whose id is its folder's inode number.
+func attachedTo(l link.Link, cgroup string) (bool, error) {
+	info, err := l.Info()
+	if err != nil {
+		return false, err
+	}
+	var folder unix.Stat_t
+	if err := unix.Stat(cgroup, &folder); err != nil {
+		return false, fmt.Errorf("stat %s: %w", cgroup, err)
+	}
+	at := info.Cgroup()
+	return at != nil && at.CgroupId == folder.Ino, nil
+}
