@@ -26,6 +26,7 @@ TESTFLAGS ?= $(if $(CI),-v)
 
 # Measuring needs root, building does not: what follows $(SUDO) runs as root, everything else as the caller.
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo env NO_INSTALL='$(NO_INSTALL)' CI='$(CI)')
+INSTALL = @$(SUDO) bin/plimsoll doctor --install
 GIT := git -c safe.directory='$(CURDIR)'
 BINARIES := bin/kube-apiserver bin/kube-proxy bin/etcd
 
@@ -48,14 +49,16 @@ test: go-version root bin/plimsoll packages $(BINARIES) ## set up, then run ever
 	$(GO) test -p 1 -count 1 -timeout 15m $(TESTFLAGS) $(if $(SUDO),-exec "sudo env PATH=$$PATH CI=$(CI)") ./...
 
 .PHONY: race
-race: go-version ## run the tests that need no root under the race detector (needs a C compiler)
+race: go-version root bin/plimsoll ## run the tests of packages that need no kernel under the race detector
+	$(INSTALL) --with check
 	CGO_ENABLED=1 $(GO) test -race -short -timeout 15m ./results/... ./scenarios/...
 
 .PHONY: build
 build: go-version bin/plimsoll $(BINARIES) ## build plimsoll and, once, the Kubernetes under test into bin/
 
 .PHONY: check
-check: go-version developer-packages ## gofmt, vet, staticcheck, actionlint, shellcheck, and that regenerating changes nothing
+check: go-version root bin/plimsoll ## gofmt, vet, staticcheck, actionlint, shellcheck, and that regenerating changes nothing
+	$(INSTALL) --with generate,check
 	@unformatted=$$("$$($(GO) env GOROOT)/bin/gofmt" -l $$($(GIT) ls-files --cached --others --exclude-standard '*.go')); \
 	[ -z "$$unformatted" ] || { echo "gofmt -w is wanted on: $$unformatted" >&2; exit 1; }
 	$(GO) vet ./...
@@ -106,11 +109,7 @@ root:
 
 .PHONY: packages
 packages: bin/plimsoll
-	@$(SUDO) bin/plimsoll doctor --install
-
-.PHONY: developer-packages
-developer-packages: root bin/plimsoll
-	@$(SUDO) bin/plimsoll doctor --install --with generate,check
+	$(INSTALL)
 
 # Subtle: the C is sometimes ahead of the Go that uses it, and then plimsoll does not build before this has run. So it is
 # built only where the compiler is missing.
