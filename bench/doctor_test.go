@@ -86,20 +86,6 @@ func TestMissingCapabilities(t *testing.T) {
 	}
 }
 
-func TestCgroup2Mount(t *testing.T) {
-	for _, c := range []struct{ name, mountinfo, want string }{
-		{"unified", "31 23 0:28 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n", "/sys/fs/cgroup"},
-		{"mixed", "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n" +
-			"32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n" +
-			"41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n", "/sys/fs/cgroup/unified"},
-		{"none", "32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n", ""},
-	} {
-		if got, err := cgroup2Mount(strings.NewReader(c.mountinfo)); err != nil || got != c.want {
-			t.Errorf("%s: %q, %v, want %q", c.name, got, err, c.want)
-		}
-	}
-}
-
 func TestAvailableMemory(t *testing.T) {
 	got, err := availableMemory(strings.NewReader("MemTotal:       24620520 kB\nMemFree:  1 kB\nMemAvailable:   2097152 kB\n"))
 	if err != nil || got != 2<<30 {

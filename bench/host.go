@@ -4,6 +4,7 @@ package main
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -13,8 +14,9 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
 )
 
 // What the default run wants of the host. At 20,000 Services kube-apiserver and etcd take 0.7 GB, and each of the node's
@@ -109,30 +111,16 @@ func missingCapabilities(status string) []string {
 }
 
 func examineCgroup2(root bool) finding {
-	mounts, err := os.Open("/proc/self/mountinfo")
-	if err != nil {
-		return finding{"cgroup2", unknown, err.Error(), ""}
-	}
-	defer mounts.Close()
-	dir, err := cgroup2Mount(mounts)
+	dir, err := clusters.Cgroup2Mount()
 	switch {
+	case errors.Is(err, clusters.ErrNotSupported):
+		return finding{"cgroup2", lacks, err.Error(), "mount -t cgroup2 none DIR"}
 	case err != nil:
 		return finding{"cgroup2", unknown, err.Error(), ""}
-	case dir == "":
-		return finding{"cgroup2", lacks, "not mounted", "mount -t cgroup2 none DIR"}
 	case root && unix.Access(dir, unix.W_OK) != nil:
 		return finding{"cgroup2", lacks, dir + " is read-only", "run it outside a container, or in one with a cgroup2 of its own that it may write"}
 	}
 	return finding{"cgroup2", has, dir, ""}
-}
-
-// cgroup2Mount returns where a mountinfo (proc(5)) says that cgroup2 is mounted; empty when it is not.
-func cgroup2Mount(mounts io.Reader) (string, error) {
-	found, err := mountinfo.GetMountsFromReader(mounts, mountinfo.FSTypeFilter("cgroup2"))
-	if err != nil || len(found) == 0 {
-		return "", err
-	}
-	return found[0].Mountpoint, nil
 }
 
 func examineMemory() finding {
