@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"net/netip"
 	"os"
 	"strings"
@@ -306,6 +307,25 @@ func TestWrongRequestsAreRefused(t *testing.T) {
 	// The client is still at work.
 	if reply := mustDo(t, client, Request{Addresses: address, Count: 1}); reply.Errors["ENETUNREACH"] != 1 {
 		t.Errorf("errors %v, want one ENETUNREACH", reply.Errors)
+	}
+}
+
+// A client that the scheduler holds up for longer than the server waits must not see its connect fail: the server says
+// goodbye by FIN, not by RST.
+func TestServerNeverResets(t *testing.T) {
+	p := mustPods(t)
+	_, report, _ := mustServer(t, p.client, ServeOptions{Connect: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:0")}})
+	err := inNamespace(p.client, func() error {
+		c, err := net.DialTCP("tcp", nil, net.TCPAddrFromAddrPort(report.Connect[0]))
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		_, err = c.Read(make([]byte, 1))
+		return err
+	})
+	if err != io.EOF {
+		t.Errorf("reading from a server that closed: %v, want EOF", err)
 	}
 }
 

@@ -20,7 +20,7 @@ import (
 
 // ServeOptions says what a server listens on. Port 0 takes any free port; Report says which.
 type ServeOptions struct {
-	// Connect lists what is accepted and closed every 5 ms, unread and unanswered: the measured path.
+	// Connect lists what is accepted every 5 ms and closed 5 ms later, unread and unanswered: the measured path.
 	Connect []netip.AddrPort
 	// Identify lists TCP addresses where the server writes Name and a line feed on each new connection, and again for each
 	// line that it reads, until the client closes.
