@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package agent keeps the embedded load balancer of a node in step with a cluster's Services: Kubernetes in, lb out.
+//
+// Its front half is kube-proxy's own: the same watches, change trackers and choice of endpoints, so that what differs
+// from kube-proxy is the dataplane. It is the only package that knows k8s.io/kubernetes.
+//
+// This version carries ClusterIPs over IPv4 for TCP and UDP. Services with ClientIP affinity are spread like others, and
+// NodePorts, external addresses and SCTP are left alone.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	v1 "k8s.io/api/core/v1"
+	discovery "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/client-go/informers"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/klog/v2"
+	proxyconfig "k8s.io/kubernetes/pkg/proxy/config"
+
+	"github.com/plimsoll-bench/plimsoll/dataplane/lb"
+)
+
+// Defaults of Config. Those that kube-proxy has too are the same there, but for the sync period: kube-proxy waits 1 s
+// between syncs, because each of them is long.
+const (
+	DefaultMinSyncPeriod      = 10 * time.Millisecond
+	DefaultHealthzBindAddress = "0.0.0.0:10256"
+	DefaultMetricsBindAddress = "127.0.0.1:10249"
+)
+
+// retryPeriod is when changes that failed are tried again if nothing else changes before. kube-proxy's is the same.
+const retryPeriod = 30 * time.Second
+
+// Config is what an agent needs to know.
+type Config struct {
+	// Client reaches the API server. NewClient makes one as kube-proxy would.
+	Client kubernetes.Interface
+	// NodeName decides which endpoints are local, and whose topology counts.
+	NodeName string
+	// Cgroup is the cgroup2 folder whose processes see Services. It must not be the root of the hierarchy.
+	Cgroup string
+	// MinSyncPeriod is the least time between the end of a sync and the next one. The first change after a rest is
+	// synced at once. 0 means DefaultMinSyncPeriod.
+	MinSyncPeriod time.Duration
+	// HealthzBindAddress and MetricsBindAddress are where HTTP is served, as "address:port". Empty means nowhere.
+	HealthzBindAddress, MetricsBindAddress string
+	// LB sizes the maps and says where they are pinned.
+	LB lb.Options
+}
+
+func (c Config) validate() error {
+	switch {
+	case c.Client == nil:
+		return errors.New("agent: no client")
+	case c.NodeName == "":
+		return errors.New("agent: no node name")
+	case c.Cgroup == "":
+		return errors.New("agent: no cgroup")
+	case c.MinSyncPeriod < 0:
+		return fmt.Errorf("agent: minimum sync period %v is negative", c.MinSyncPeriod)
+	}
+	return nil
+}
+
+// Run carries the cluster's Services on this node until ctx ends, which is no error. Connects are translated from the
+// first sync on, when all Services and endpoint slices have been seen. Without a pin folder translation ends with Run.
+//
+// Errors wrap lb.ErrNotSupported where the kernel is at fault, and lb.ErrRootCgroup where Cgroup is the root.
+func Run(ctx context.Context, cfg Config) (err error) {
+	if err := cfg.validate(); err != nil {
+		return err
+	}
+	if cfg.MinSyncPeriod == 0 {
+		cfg.MinSyncPeriod = DefaultMinSyncPeriod
+	}
+	balancer, err := lb.Load(cfg.LB)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, balancer.Close()) }()
+	if err := balancer.Attach(cfg.Cgroup); err != nil {
+		return err
+	}
+
+	nodes, services, slices := nodeFactory(cfg), serviceFactory(cfg), sliceFactory(cfg)
+	node := nodes.Core().V1().Nodes()
+	status := newStatus(balancer, node.Lister(), cfg.NodeName)
+	syncer := newSyncer(cfg, balancer, status)
+
+	failed := make(chan error, 1)
+	servers, err := status.serve(cfg, failed)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, servers.close()) }()
+
+	// Subtle: the informers end before the loop, whose runner panics when it is asked to run after its end.
+	stop := make(chan struct{})
+	var loop, watches sync.WaitGroup
+	loop.Go(func() { syncer.loop(stop) })
+	defer loop.Wait()
+	defer close(stop)
+	ctx, cancel := context.WithCancel(ctx)
+	defer watches.Wait()
+	defer cancel()
+
+	serviceConfig := proxyconfig.NewServiceConfig(ctx, services.Core().V1().Services(), 0)
+	serviceConfig.RegisterEventHandler(syncer)
+	sliceConfig := proxyconfig.NewEndpointSliceConfig(ctx, slices.Discovery().V1().EndpointSlices(), 0)
+	sliceConfig.RegisterEventHandler(syncer)
+	topologyConfig := proxyconfig.NewNodeTopologyConfig(ctx, node, 0)
+	topologyConfig.RegisterEventHandler(syncer)
+	for _, factory := range []informers.SharedInformerFactory{nodes, services, slices} {
+		factory.Start(ctx.Done())
+		watches.Go(func() {
+			<-ctx.Done()
+			factory.Shutdown()
+		})
+	}
+	watches.Go(func() { serviceConfig.Run(ctx.Done()) })
+	watches.Go(func() { sliceConfig.Run(ctx.Done()) })
+	klog.InfoS("Agent started", "node", cfg.NodeName, "cgroup", cfg.Cgroup)
+
+	select {
+	case <-ctx.Done():
+		return nil
+	case err := <-failed:
+		return err
+	}
+}
+
+// The watches select what kube-proxy's select. Nothing is listed again periodically: the trackers miss no change.
+
+func serviceFactory(cfg Config) informers.SharedInformerFactory {
+	return informers.NewSharedInformerFactoryWithOptions(cfg.Client, 0, informers.WithTransform(strip),
+		informers.WithTweakListOptions(func(o *metav1.ListOptions) {
+			o.LabelSelector = "!" + labelServiceProxyName
+			o.FieldSelector = fields.OneTermNotEqualSelector("spec.clusterIP", v1.ClusterIPNone).String()
+		}))
+}
+
+func sliceFactory(cfg Config) informers.SharedInformerFactory {
+	return informers.NewSharedInformerFactoryWithOptions(cfg.Client, 0, informers.WithTransform(strip),
+		informers.WithTweakListOptions(func(o *metav1.ListOptions) {
+			o.LabelSelector = "!" + v1.IsHeadlessService
+		}))
+}
+
+func nodeFactory(cfg Config) informers.SharedInformerFactory {
+	return informers.NewSharedInformerFactoryWithOptions(cfg.Client, 0, informers.WithTransform(strip),
+		informers.WithTweakListOptions(func(o *metav1.ListOptions) {
+			o.FieldSelector = fields.OneTermEqualSelector(metav1.ObjectNameField, cfg.NodeName).String()
+		}))
+}
+
+// labelServiceProxyName names another proxy that a Service is meant for (KEP-2447).
+const labelServiceProxyName = "service.kubernetes.io/service-proxy-name"
+
+// strip drops what is large and never read from an object before it is kept.
+func strip(object any) (any, error) {
+	if accessor, err := meta.Accessor(object); err == nil {
+		accessor.SetManagedFields(nil)
+	}
+	if slice, ok := object.(*discovery.EndpointSlice); ok {
+		for i := range slice.Endpoints {
+			slice.Endpoints[i].TargetRef = nil
+		}
+	}
+	return object, nil
+}

@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	v1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+	corelisters "k8s.io/client-go/listers/core/v1"
+	"k8s.io/component-base/metrics"
+	"k8s.io/component-base/metrics/legacyregistry"
+	"k8s.io/klog/v2"
+	kubeproxyconfig "k8s.io/kubernetes/pkg/proxy/apis/config"
+	"k8s.io/kubernetes/pkg/proxy/healthcheck"
+	proxymetrics "k8s.io/kubernetes/pkg/proxy/metrics"
+
+	"github.com/plimsoll-bench/plimsoll/dataplane/lb"
+)
+
+// Mode is what the agent answers where kube-proxy names its mode.
+const Mode = "ebpf"
+
+// family labels kube-proxy's metrics.
+const family = string(v1.IPv4Protocol)
+
+// registerPartial adds a metric that kube-proxy registers for its own modes only.
+var registerPartial = sync.OnceFunc(func() {
+	legacyregistry.MustRegister(proxymetrics.SyncPartialProxyRulesLatency)
+})
+
+// A status tells over HTTP how the agent does: health as kube-proxy's :10256, metrics as its :10249.
+type status struct {
+	health     *healthcheck.ProxyHealthServer
+	registry   metrics.KubeRegistry
+	syncErrors *metrics.Counter
+}
+
+// newStatus registers kube-proxy's metrics under their own names, and the load balancer's.
+func newStatus(balancer *lb.Balancer, nodes corelisters.NodeLister, nodeName string) *status {
+	proxymetrics.RegisterMetrics(kubeproxyconfig.ProxyMode(Mode))
+	registerPartial()
+	s := &status{
+		health:   healthcheck.NewProxyHealthServer("", 2*retryPeriod, node{nodes, nodeName}),
+		registry: metrics.NewKubeRegistry(),
+		syncErrors: metrics.NewCounter(&metrics.CounterOpts{
+			Name: "plimsoll_lb_sync_errors_total",
+			Help: "Changes of frontends that could not be made, each try counted",
+		}),
+	}
+	s.registry.MustRegister(s.syncErrors)
+	gauge := func(name, help string, labels map[string]string, value func(lb.Counts) int) {
+		s.registry.RawMustRegister(prometheus.NewGaugeFunc(
+			prometheus.GaugeOpts{Name: name, Help: help, ConstLabels: labels},
+			func() float64 { return float64(value(balancer.Counts())) },
+		))
+	}
+	const capacity = "Entries that a map has"
+	gauge("plimsoll_lb_frontends", "Frontends in the services map", nil, func(c lb.Counts) int { return c.Frontends })
+	gauge("plimsoll_lb_backends", "Backends of all frontends together", nil, func(c lb.Counts) int { return c.Backends })
+	gauge("plimsoll_lb_map_capacity", capacity, map[string]string{"map": "services"}, func(c lb.Counts) int { return c.ServicesCapacity })
+	gauge("plimsoll_lb_map_capacity", capacity, map[string]string{"map": "backends"}, func(c lb.Counts) int { return c.BackendsCapacity })
+	return s
+}
+
+// node is what health asks whether this node may have traffic.
+type node struct {
+	lister corelisters.NodeLister
+	name   string
+}
+
+// Node returns nil for a node that was not seen, which is not eligible.
+func (n node) Node() *v1.Node {
+	node, err := n.lister.Get(n.name)
+	if err != nil {
+		return nil
+	}
+	return node
+}
+
+// started says that the loop runs: something is on its way until the first sync is over.
+func (s *status) started() {
+	s.health.Updated(v1.IPv4Protocol)
+	proxymetrics.SyncProxyRulesLastQueuedTimestamp.WithLabelValues(family).SetToCurrentTime()
+}
+
+// queued says that a sync was asked for.
+func (s *status) queued() {
+	s.health.QueuedUpdate(v1.IPv4Protocol)
+	proxymetrics.SyncProxyRulesLastQueuedTimestamp.WithLabelValues(family).SetToCurrentTime()
+}
+
+// synced says what came of a sync. One that failed leaves health to go bad when it is late.
+func (s *status) synced(start time.Time, changes, noLocal int, triggers map[types.NamespacedName][]time.Time, err error) {
+	elapsed := time.Since(start)
+	proxymetrics.SyncProxyRulesLatency.WithLabelValues(family).Observe(elapsed.Seconds())
+	proxymetrics.SyncPartialProxyRulesLatency.WithLabelValues(family).Observe(elapsed.Seconds())
+	if err != nil {
+		failed := 0
+		for range frontendErrors(err) {
+			failed++
+		}
+		s.syncErrors.Add(float64(failed))
+		klog.InfoS("Sync failed in part", "changes", changes, "failed", failed, "elapsed", elapsed, "retry", retryPeriod)
+		return
+	}
+	for _, times := range triggers {
+		for _, trigger := range times {
+			proxymetrics.NetworkProgrammingLatency.WithLabelValues(family).Observe(time.Since(trigger).Seconds())
+		}
+	}
+	proxymetrics.SyncProxyRulesNoLocalEndpointsTotal.WithLabelValues("internal", family).Set(float64(noLocal))
+	s.health.Updated(v1.IPv4Protocol)
+	proxymetrics.SyncProxyRulesLastTimestamp.WithLabelValues(family).SetToCurrentTime()
+	klog.V(2).InfoS("Synced", "changes", changes, "elapsed", elapsed)
+}
+
+// servers are HTTP servers that run.
+type servers []*http.Server
+
+// serve listens where cfg says. The first server that ends before it is closed tells failed, which has room for one.
+func (s *status) serve(cfg Config, failed chan<- error) (_ servers, err error) {
+	var running servers
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, running.close())
+		}
+	}()
+	for _, server := range []struct {
+		name, address string
+		handler       http.Handler
+	}{
+		{"healthz", cfg.HealthzBindAddress, s.healthHandler()},
+		{"metrics", cfg.MetricsBindAddress, s.metricsHandler()},
+	} {
+		if server.address == "" {
+			continue
+		}
+		listener, err := net.Listen("tcp", server.address)
+		if err != nil {
+			return running, fmt.Errorf("serve %s: %w", server.name, err)
+		}
+		http1 := &http.Server{Handler: server.handler, ReadHeaderTimeout: 10 * time.Second}
+		running = append(running, http1)
+		go func() {
+			if err := http1.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+				select {
+				case failed <- fmt.Errorf("serve %s: %w", server.name, err):
+				default:
+				}
+			}
+		}()
+	}
+	return running, nil
+}
+
+// close ends the servers, and gives answers under way a second.
+func (s servers) close() error {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	var errs []error
+	for _, server := range s {
+		if err := server.Shutdown(ctx); err != nil {
+			errs = append(errs, server.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// healthHandler answers /healthz with 200 while syncs are in time and the node may have traffic, /livez without asking
+// for the node.
+func (s *status) healthHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) {
+		health, eligible := s.health.Health(), s.health.NodeEligible()
+		health.NodeEligible = &eligible
+		writeHealth(w, health, health.Healthy && eligible, proxymetrics.ProxyHealthzTotal)
+	})
+	mux.HandleFunc("/livez", func(w http.ResponseWriter, _ *http.Request) {
+		health := s.health.Health()
+		writeHealth(w, health, health.Healthy, proxymetrics.ProxyLivezTotal)
+	})
+	return mux
+}
+
+func writeHealth(w http.ResponseWriter, health healthcheck.ProxyHealth, healthy bool, answers *metrics.CounterVec) {
+	code := http.StatusServiceUnavailable
+	if healthy {
+		code = http.StatusOK
+		// As kube-proxy does for older readers: "recent" while healthy.
+		health.LastUpdated = health.CurrentTime
+	}
+	answers.WithLabelValues(strconv.Itoa(code)).Inc()
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(code)
+	if err := json.NewEncoder(w).Encode(health); err != nil {
+		klog.V(2).InfoS("Health not written", "err", err)
+	}
+}
+
+// metricsHandler answers /metrics, /proxyMode and /healthz.
+func (s *status) metricsHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("/metrics", metrics.HandlerFor(
+		prometheus.Gatherers{legacyregistry.DefaultGatherer, s.registry}, metrics.HandlerOpts{}))
+	mux.HandleFunc("/proxyMode", func(w http.ResponseWriter, _ *http.Request) { writeText(w, Mode) })
+	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) { writeText(w, "ok") })
+	return mux
+}
+
+func writeText(w http.ResponseWriter, text string) {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	if _, err := w.Write([]byte(text)); err != nil {
+		klog.V(2).InfoS("Answer not written", "err", err)
+	}
+}
