@@ -19,7 +19,7 @@ import (
 // apiWriters is how many requests are under way at once.
 const apiWriters = 32
 
-// apiWriter writes through the API server, which allocates each address by a list of all: its time grows with the square of
+// apiWriter writes Services and slices through the API server, which makes and removes their IPAddresses. It allocates each address by a list of all: its time grows with the square of
 // the number of Services (facts: 420 Services/s at the beginning, 230 at 10,000).
 type apiWriter struct {
 	client kubernetes.Interface
@@ -28,50 +28,49 @@ type apiWriter struct {
 
 var _ writer = (*apiWriter)(nil)
 
-// create leaves IPAddresses to the API server.
-func (w *apiWriter) create(ctx context.Context, k kind, services []Service, wrote func(int)) error {
+func (w *apiWriter) create(ctx context.Context, batch [kinds][]Service, wrote func(int)) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(apiWriters)
-	for _, s := range services {
+	for _, s := range batch[kindSlice] {
 		group.Go(func() error {
-			var err error
-			switch k {
-			case kindSlice:
-				_, err = w.client.DiscoveryV1().EndpointSlices(w.plan.Namespace).Create(ctx, newSlice(w.plan, s), metav1.CreateOptions{})
-			case kindService:
-				_, err = w.client.CoreV1().Services(w.plan.Namespace).Create(ctx, newService(w.plan, s), metav1.CreateOptions{})
-			}
-			if err != nil {
-				return fmt.Errorf("create %s of %s/%s: %w", k, w.plan.Namespace, s.Name, err)
-			}
-			wrote(1)
-			return nil
+			_, err := w.client.DiscoveryV1().EndpointSlices(w.plan.Namespace).Create(ctx, newSlice(w.plan, s), metav1.CreateOptions{})
+			return w.done("create", kindSlice, s.Name, err, wrote)
+		})
+	}
+	for _, s := range batch[kindService] {
+		group.Go(func() error {
+			_, err := w.client.CoreV1().Services(w.plan.Namespace).Create(ctx, newService(w.plan, s), metav1.CreateOptions{})
+			return w.done("create", kindService, s.Name, err, wrote)
 		})
 	}
 	return group.Wait()
 }
 
-// remove leaves IPAddresses to the API server.
-func (w *apiWriter) remove(ctx context.Context, k kind, names []string, wrote func(int)) error {
+func (w *apiWriter) remove(ctx context.Context, batch [kinds][]entry, wrote func(int)) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(apiWriters)
-	for _, name := range names {
+	for _, e := range batch[kindSlice] {
 		group.Go(func() error {
-			var err error
-			switch k {
-			case kindSlice:
-				err = w.client.DiscoveryV1().EndpointSlices(w.plan.Namespace).Delete(ctx, name, metav1.DeleteOptions{})
-			case kindService:
-				err = w.client.CoreV1().Services(w.plan.Namespace).Delete(ctx, name, metav1.DeleteOptions{})
-			}
-			if err != nil && !apierrors.IsNotFound(err) {
-				return fmt.Errorf("delete %s %s/%s: %w", k, w.plan.Namespace, name, err)
-			}
-			wrote(1)
-			return nil
+			err := w.client.DiscoveryV1().EndpointSlices(w.plan.Namespace).Delete(ctx, e.name, metav1.DeleteOptions{})
+			return w.done("delete", kindSlice, e.name, err, wrote)
+		})
+	}
+	for _, e := range batch[kindService] {
+		group.Go(func() error {
+			err := w.client.CoreV1().Services(w.plan.Namespace).Delete(ctx, e.name, metav1.DeleteOptions{})
+			return w.done("delete", kindService, e.name, err, wrote)
 		})
 	}
 	return group.Wait()
+}
+
+// done counts a request or names what failed. What somebody else deleted first is deleted.
+func (w *apiWriter) done(verb string, k kind, name string, err error, wrote func(int)) error {
+	if err != nil && !(verb == "delete" && apierrors.IsNotFound(err)) {
+		return fmt.Errorf("%s %s of %s/%s: %w", verb, k, w.plan.Namespace, name, err)
+	}
+	wrote(1)
+	return nil
 }
 
 // newService is a Service as an administrator would write it; the API server fills in the rest. Without a valid address the

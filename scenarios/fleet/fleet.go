@@ -48,15 +48,15 @@ type Fleet struct {
 	size  int          // guarded by mu
 }
 
-// writer puts objects into the cluster and takes them out, many at a time. wrote is told how many more are done.
+// writer puts objects into the cluster and takes them out, as many side by side as it can. wrote is told how many more are
+// done.
 type writer interface {
-	create(ctx context.Context, k kind, services []Service, wrote func(int)) error
-	remove(ctx context.Context, k kind, keys []string, wrote func(int)) error
+	create(ctx context.Context, batch [kinds][]Service, wrote func(int)) error
+	remove(ctx context.Context, batch [kinds][]entry, wrote func(int)) error
 }
 
 // New makes an empty fleet. With etcd it writes into the API server's storage below prefix ("/registry") what the API server
-// itself would have stored, which it learns from one Service made through the API and removed again. With a nil etcd it
-// writes through the API, which takes minutes from some ten thousand Services on. It is an error when the namespace already
+// itself would have stored, which it learns from the answers to a dry run. With a nil etcd it writes through the API, which takes minutes from some ten thousand Services on. It is an error when the namespace already
 // holds Services. Close ends the fleet's watches.
 func New(ctx context.Context, client kubernetes.Interface, etcd *clientv3.Client, prefix string, plan Plan) (*Fleet, error) {
 	if err := plan.validate(); err != nil {
@@ -130,43 +130,79 @@ func (f *Fleet) Scale(ctx context.Context, n int, progress func(done, total int)
 	defer f.scaling.Unlock()
 	var t Timing
 	start := time.Now()
-	services, err := f.allocate(n)
-	if err != nil {
-		return t, err
-	}
-	var plans [kinds]change
-	for k := range kinds {
-		plans[k] = f.views[k].compare(k.entries(services, f.plan.Namespace))
-	}
-	if !f.stored {
-		// The API server makes and removes a Service's IPAddress itself.
-		plans[kindIPAddress].missing, plans[kindIPAddress].surplus = nil, nil
-	}
-	if err := f.apply(ctx, services, plans, progress); err != nil {
-		return t, err
-	}
-	t.Written = time.Since(start)
-
-	for k, c := range plans {
-		if err := f.views[k].await(ctx, fmt.Sprintf("exactly %d", n), c.done); err != nil {
+	for {
+		services, err := f.allocate(n)
+		if err != nil {
 			return t, err
 		}
-	}
-	t.Informed = time.Since(start)
-
-	for k, c := range plans {
-		if err := kind(k).verify(ctx, f.client, f.plan.Namespace, c); err != nil {
+		plans := f.compare(services)
+		if err := f.apply(ctx, services, plans, progress); err != nil {
 			return t, err
 		}
+		t.Written = time.Since(start)
+		exact := true
+		for k, c := range plans {
+			if err := f.views[k].follow(ctx, c); err != nil {
+				return t, err
+			}
+			exact = exact && f.views[k].shows(c)
+		}
+		t.Informed = time.Since(start)
+		if !exact {
+			// Somebody else made or deleted something meanwhile; the API server does, when it repairs addresses.
+			continue
+		}
+		if exact, err = f.list(ctx, plans); err != nil {
+			return t, err
+		}
+		t.Listed = time.Since(start)
+		if exact {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			f.size = n
+			return t, nil
+		}
 	}
-	t.Listed = time.Since(start)
-	f.mu.Lock()
-	f.size = n
-	f.mu.Unlock()
-	return t, nil
 }
 
-// apply writes what is missing and removes what is surplus. The order is that of a careful administrator: a dataplane never
+// compare says what of each kind is to be done for exactly these services.
+func (f *Fleet) compare(services []Service) [kinds]change {
+	var plans [kinds]change
+	for k := range kinds {
+		want := k.entries(services, f.plan.Namespace)
+		if k == kindIPAddress && !f.stored {
+			plans[k] = change{want: want, theirs: true}
+		} else {
+			plans[k] = f.views[k].compare(want)
+		}
+	}
+	return plans
+}
+
+// list returns true when LISTs show what the watches do. A LIST may be ahead of a watch; false means that the watches have
+// begun to show something else.
+func (f *Fleet) list(ctx context.Context, plans [kinds]change) (bool, error) {
+	for k, c := range plans {
+		for {
+			same, err := kind(k).listed(ctx, f.client, f.plan.Namespace, c)
+			if err != nil {
+				return false, err
+			}
+			if same {
+				break
+			}
+			if !f.views[k].shows(c) {
+				return false, nil
+			}
+		}
+	}
+	return true, nil
+}
+
+// round is how many Services are written between two looks at what the API server shows.
+const round = 2500
+
+// apply removes what is surplus and writes what is missing. The order is that of a careful administrator: a dataplane never
 // sees a Service before its endpoints, and the API server, which checks that each Service's address is allocated to it,
 // never a Service without its IPAddress.
 func (f *Fleet) apply(ctx context.Context, services []Service, plans [kinds]change, progress func(done, total int)) error {
@@ -174,30 +210,31 @@ func (f *Fleet) apply(ctx context.Context, services []Service, plans [kinds]chan
 	for _, c := range plans {
 		count.total += len(c.missing) + len(c.surplus)
 	}
-	for _, k := range []kind{kindService, kindSlice, kindIPAddress} {
-		if k == kindIPAddress && len(plans[k].surplus) > 0 {
-			left := len(plans[kindService].want) - len(plans[kindService].missing)
-			gone := func(have map[string]string) bool { return len(have) == left }
-			if err := f.views[kindService].await(ctx, fmt.Sprintf("no more than %d", left), gone); err != nil {
-				return err
-			}
+	first := [kinds][]entry{kindService: plans[kindService].surplus}
+	if err := f.write.remove(ctx, first, count.add); err != nil {
+		return err
+	}
+	if err := f.views[kindService].awaitGone(ctx, first[kindService]); err != nil {
+		return err
+	}
+	then := [kinds][]entry{kindIPAddress: plans[kindIPAddress].surplus, kindSlice: plans[kindSlice].surplus}
+	if err := f.write.remove(ctx, then, count.add); err != nil {
+		return err
+	}
+
+	// A Service follows a round behind its slice and its IPAddress.
+	var behind []Service
+	for start := 0; start < len(services) || len(behind) > 0; start += round {
+		var batch [kinds][]Service
+		for k := range kinds {
+			batch[k] = plans[k].take(services, start, start+round)
 		}
-		if err := f.write.remove(ctx, k, plans[k].surplus, count.add); err != nil {
+		batch[kindService], behind = behind, batch[kindService]
+		if err := f.write.create(ctx, batch, count.add); err != nil {
 			return err
 		}
-	}
-	for _, k := range []kind{kindIPAddress, kindSlice, kindService} {
-		if k == kindService && f.stored {
-			// Subtle: the API server's own check of addresses reads watches like ours; what ours show, its show too.
-			if err := f.views[kindIPAddress].await(ctx, fmt.Sprintf("exactly %d", len(services)), plans[kindIPAddress].done); err != nil {
-				return err
-			}
-		}
-		missing := make([]Service, 0, len(plans[k].missing))
-		for _, i := range plans[k].missing {
-			missing = append(missing, services[i])
-		}
-		if err := f.write.create(ctx, k, missing, count.add); err != nil {
+		// Subtle: the API server's own check of addresses reads a watch like ours; what ours shows, its shows too.
+		if err := f.views[kindIPAddress].awaitShown(ctx, kindIPAddress.entries(batch[kindIPAddress], f.plan.Namespace)); err != nil {
 			return err
 		}
 	}

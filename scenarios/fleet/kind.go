@@ -5,6 +5,7 @@ package fleet
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
@@ -100,8 +101,20 @@ func entryOf(obj any, namespace string) (e entry, ours bool) {
 // A change is how to get from what there is to what is wanted of one kind.
 type change struct {
 	want    []entry
-	missing []int    // indexes into want
-	surplus []string // names
+	missing []int   // indexes into want, rising
+	surplus []entry // what there is instead
+	theirs  bool    // the API server does it, we only wait
+}
+
+// take lists the missing ones of services from start to before end.
+func (c change) take(services []Service, start, end int) []Service {
+	from, _ := slices.BinarySearch(c.missing, start)
+	to, _ := slices.BinarySearch(c.missing, end)
+	taken := make([]Service, 0, to-from)
+	for _, i := range c.missing[from:to] {
+		taken = append(taken, services[i])
+	}
+	return taken
 }
 
 // done says whether have is exactly what is wanted.
@@ -117,11 +130,11 @@ func (c change) done(have map[string]string) bool {
 	return true
 }
 
-// verify reads the kind with one consistent LIST, which must show exactly what is wanted.
-func (k kind) verify(ctx context.Context, client kubernetes.Interface, namespace string, c change) error {
+// listed says whether one consistent LIST of the kind shows exactly what is wanted.
+func (k kind) listed(ctx context.Context, client kubernetes.Interface, namespace string, c change) (bool, error) {
 	list, err := k.list(ctx, client, namespace, metav1.ListOptions{})
 	if err != nil {
-		return fmt.Errorf("list %s: %w", k, err)
+		return false, fmt.Errorf("list %s: %w", k, err)
 	}
 	have := make(map[string]string, len(c.want))
 	err = meta.EachListItem(list, func(obj runtime.Object) error {
@@ -131,10 +144,7 @@ func (k kind) verify(ctx context.Context, client kubernetes.Interface, namespace
 		return nil
 	})
 	if err != nil {
-		return fmt.Errorf("list %s: %w", k, err)
+		return false, fmt.Errorf("list %s: %w", k, err)
 	}
-	if !c.done(have) {
-		return fmt.Errorf("list %s: %d in namespace %s after our watch showed exactly the wanted %d: something else changes them", k, len(have), namespace, len(c.want))
-	}
-	return nil
+	return c.done(have), nil
 }

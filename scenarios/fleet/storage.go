@@ -5,17 +5,14 @@ package fleet
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"slices"
-	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer/protobuf"
@@ -27,8 +24,8 @@ import (
 // storageWriters is how many writes are under way at once. Etcd takes those that wait together into one round of its log.
 const storageWriters = 64
 
-// storageWriter writes into etcd, beside the API server, the bytes that the API server would have written. It knows them from
-// a template of each kind that the API server stored, so whatever a version of it adds (defaults, managed fields) is there.
+// storageWriter writes into etcd, beside the API server, the bytes that the API server would have written. Templates that it
+// made itself have whatever a version of it adds: defaults, managed fields.
 type storageWriter struct {
 	etcd      *clientv3.Client
 	prefix    string
@@ -42,74 +39,69 @@ type storageWriter struct {
 
 var _ writer = (*storageWriter)(nil)
 
-// newStorageWriter makes a Service and its slice through the API, reads back what is stored for them and deletes them.
-func newStorageWriter(ctx context.Context, client kubernetes.Interface, etcd *clientv3.Client, prefix string, plan Plan) (w *storageWriter, err error) {
-	w = &storageWriter{etcd: etcd, prefix: prefix, namespace: plan.Namespace, codec: protobuf.NewSerializer(scheme.Scheme, scheme.Scheme)}
+// newStorageWriter learns what the API server stores, without making anything: from the answers to a Service and a slice that
+// are created as a dry run, and from the IPAddress of the Service that every API server makes for itself.
+//
+// Note: a real Service, made and deleted again, was tried. The API server's repair of addresses ran into it now and then, and
+// left its IPAddress for a minute.
+func newStorageWriter(ctx context.Context, client kubernetes.Interface, etcd *clientv3.Client, prefix string, plan Plan) (*storageWriter, error) {
+	w := &storageWriter{etcd: etcd, prefix: prefix, namespace: plan.Namespace, codec: protobuf.NewSerializer(scheme.Scheme, scheme.Scheme)}
+	own, err := client.CoreV1().Services(metav1.NamespaceDefault).Get(ctx, "kubernetes", metav1.GetOptions{})
+	if err != nil {
+		return nil, fmt.Errorf("the API server's own Service: %w", err)
+	}
+	if err := w.check(ctx, prefix+"/services/specs/default/kubernetes"); err != nil {
+		return nil, err
+	}
+	if err := w.check(ctx, prefix+"/endpointslices/default/kubernetes"); err != nil {
+		return nil, err
+	}
+	if err := w.check(ctx, w.key(kindIPAddress, own.Spec.ClusterIP)); err != nil {
+		return nil, err
+	}
+	if w.address, err = client.NetworkingV1().IPAddresses().Get(ctx, own.Spec.ClusterIP, metav1.GetOptions{}); err != nil {
+		return nil, fmt.Errorf("the IPAddress of the API server's own Service: %w", err)
+	}
+	w.address.ResourceVersion = ""
+	w.address.SetGroupVersionKind(networkingv1.SchemeGroupVersion.WithKind("IPAddress"))
+
+	dry := metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}}
 	template := plan.service(0, plan.serviceAddr(0))
-	template.Name = "template"
-	slices, services := client.DiscoveryV1().EndpointSlices(plan.Namespace), client.CoreV1().Services(plan.Namespace)
-	defer func() {
-		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
-		defer cancel()
-		for _, gone := range []error{
-			services.Delete(clean, template.Name, metav1.DeleteOptions{}),
-			slices.Delete(clean, template.Name, metav1.DeleteOptions{}),
-		} {
-			if gone != nil && !apierrors.IsNotFound(gone) {
-				err = errors.Join(err, fmt.Errorf("remove the template Service: %w", gone))
-			}
-		}
-	}()
-	if _, err := slices.Create(ctx, newSlice(plan, template), metav1.CreateOptions{}); err != nil {
+	if w.slice, err = client.DiscoveryV1().EndpointSlices(plan.Namespace).Create(ctx, newSlice(plan, template), dry); err != nil {
 		return nil, fmt.Errorf("template slice: %w", err)
 	}
+	w.slice.SetGroupVersionKind(discoveryv1.SchemeGroupVersion.WithKind("EndpointSlice"))
 	// The API server chooses the address, as it does for most Services.
 	wish := newService(plan, template)
 	wish.Spec.ClusterIP = ""
-	made, err := services.Create(ctx, wish, metav1.CreateOptions{})
-	if err != nil {
+	if w.service, err = client.CoreV1().Services(plan.Namespace).Create(ctx, wish, dry); err != nil {
 		return nil, fmt.Errorf("template service: %w", err)
 	}
-	for k, name := range [kinds]string{kindIPAddress: made.Spec.ClusterIP, kindSlice: template.Name, kindService: template.Name} {
-		if err := w.learn(ctx, kind(k), name); err != nil {
-			return nil, err
-		}
-	}
+	w.service.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("Service"))
 	return w, nil
 }
 
-// learn reads the stored object of a kind as the template. Storage that we would not write byte by byte the same, because it
-// is encrypted or of a version with fields that ours has not, is an error.
-func (w *storageWriter) learn(ctx context.Context, k kind, name string) error {
-	key := w.key(k, name)
+// check reads a stored object and fails unless we would write it byte by byte the same: storage may be encrypted, elsewhere,
+// or of a version with fields that ours has not.
+func (w *storageWriter) check(ctx context.Context, key string) error {
 	got, err := w.etcd.Get(ctx, key)
 	if err != nil {
-		return fmt.Errorf("template %s: %w", key, err)
+		return fmt.Errorf("read %s: %w", key, err)
 	}
 	if len(got.Kvs) != 1 {
-		return fmt.Errorf("template %s: not in this etcd; is %s the API server's prefix?", key, w.prefix)
+		return fmt.Errorf("read %s: not in this etcd; is %q the API server's prefix?", key, w.prefix)
 	}
 	stored := got.Kvs[0].Value
 	obj, _, err := w.codec.Decode(stored, nil, nil)
 	if err != nil {
-		return fmt.Errorf("template %s: %w", key, err)
+		return fmt.Errorf("read %s as the API server's storage: %w", key, err)
 	}
 	var same bytes.Buffer
 	if err := w.codec.Encode(obj, &same); err != nil {
-		return fmt.Errorf("template %s: %w", key, err)
+		return fmt.Errorf("write %s: %w", key, err)
 	}
 	if !bytes.Equal(same.Bytes(), stored) {
-		return fmt.Errorf("template %s: the API server stores %d bytes where we would write %d others: its version is not ours", key, len(stored), same.Len())
-	}
-	switch o := obj.(type) {
-	case *networkingv1.IPAddress:
-		w.address = o
-	case *discoveryv1.EndpointSlice:
-		w.slice = o
-	case *corev1.Service:
-		w.service = o
-	default:
-		return fmt.Errorf("template %s: stored as %T, which we do not write", key, obj)
+		return fmt.Errorf("the API server stores %s in %d bytes where we would write %d others: it is of another version", key, len(stored), same.Len())
 	}
 	return nil
 }
@@ -132,7 +124,7 @@ func (w *storageWriter) object(k kind, s Service, now metav1.Time) (runtime.Obje
 	case kindIPAddress:
 		o := *w.address
 		ref := *o.Spec.ParentRef
-		ref.Name = s.Name
+		ref.Namespace, ref.Name = w.namespace, s.Name
 		o.Spec.ParentRef = &ref
 		o.ObjectMeta = fresh(o.ObjectMeta, s.Address.Addr().String(), now)
 		return &o, o.Name
@@ -163,48 +155,78 @@ func fresh(m metav1.ObjectMeta, name string, now metav1.Time) metav1.ObjectMeta 
 	return m
 }
 
-// create never overwrites: an object that somebody made meanwhile is an error that names it.
+// create never overwrites: an object that somebody made meanwhile is an error that names it. A transaction holds one object
+// of each kind, which have one resource version then.
 //
-// Note: 120 puts a transaction were tried, and are ten times as quick to write. But all of a transaction have one resource
-// version, and the API server counts on one object a version: whoever's watch ends in the middle of them, as busy watches do,
-// and goes on from that version is never sent the others. Our own watch missed 64 of 500 slices that way.
-func (w *storageWriter) create(ctx context.Context, k kind, services []Service, wrote func(int)) error {
+// Note: 120 objects a transaction were tried, and are several times as quick to write. But the API server counts on one
+// object of a kind a version: whoever's watch ends in the middle of them, as busy watches do, and goes on from that version
+// is never sent the others. Our own watch missed 64 of 500 slices that way.
+func (w *storageWriter) create(ctx context.Context, batch [kinds][]Service, wrote func(int)) error {
 	now := metav1.Now().Rfc3339Copy()
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(storageWriters)
-	for _, s := range services {
+	for i := range longest(batch) {
 		group.Go(func() error {
-			obj, name := w.object(k, s, now)
-			var value bytes.Buffer
-			if err := w.codec.Encode(obj, &value); err != nil {
-				return fmt.Errorf("encode %s %s: %w", k, name, err)
+			var absent []clientv3.Cmp
+			var puts, found []clientv3.Op
+			for k := range kinds {
+				if i >= len(batch[k]) {
+					continue
+				}
+				obj, name := w.object(k, batch[k][i], now)
+				var value bytes.Buffer
+				if err := w.codec.Encode(obj, &value); err != nil {
+					return fmt.Errorf("encode %s %s: %w", k, name, err)
+				}
+				key := w.key(k, name)
+				absent = append(absent, clientv3.Compare(clientv3.CreateRevision(key), "=", 0))
+				puts = append(puts, clientv3.OpPut(key, value.String()))
+				found = append(found, clientv3.OpGet(key, clientv3.WithKeysOnly()))
 			}
-			key := w.key(k, name)
-			done, err := w.etcd.Txn(ctx).If(clientv3.Compare(clientv3.CreateRevision(key), "=", 0)).Then(clientv3.OpPut(key, value.String())).Commit()
+			done, err := w.etcd.Txn(ctx).If(absent...).Then(puts...).Else(found...).Commit()
 			if err != nil {
-				return fmt.Errorf("write %s: %w", key, err)
+				return fmt.Errorf("write %s: %w", puts[0].KeyBytes(), err)
 			}
 			if !done.Succeeded {
-				return fmt.Errorf("write %s: somebody else made it meanwhile", key)
+				for _, r := range done.Responses {
+					for _, kv := range r.GetResponseRange().Kvs {
+						return fmt.Errorf("write %s: somebody else made it meanwhile", kv.Key)
+					}
+				}
 			}
-			wrote(1)
+			wrote(len(puts))
 			return nil
 		})
 	}
 	return group.Wait()
 }
 
-func (w *storageWriter) remove(ctx context.Context, k kind, names []string, wrote func(int)) error {
+func (w *storageWriter) remove(ctx context.Context, batch [kinds][]entry, wrote func(int)) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(storageWriters)
-	for _, name := range names {
+	for i := range longest(batch) {
 		group.Go(func() error {
-			if _, err := w.etcd.Delete(ctx, w.key(k, name)); err != nil {
-				return fmt.Errorf("delete %s: %w", w.key(k, name), err)
+			var deletes []clientv3.Op
+			for k := range kinds {
+				if i < len(batch[k]) {
+					deletes = append(deletes, clientv3.OpDelete(w.key(k, batch[k][i].name)))
+				}
 			}
-			wrote(1)
+			if _, err := w.etcd.Txn(ctx).Then(deletes...).Commit(); err != nil {
+				return fmt.Errorf("delete %s: %w", deletes[0].KeyBytes(), err)
+			}
+			wrote(len(deletes))
 			return nil
 		})
 	}
 	return group.Wait()
+}
+
+// longest is the length of the longest list.
+func longest[T any](batch [kinds][]T) int {
+	n := 0
+	for _, list := range batch {
+		n = max(n, len(list))
+	}
+	return n
 }

@@ -78,6 +78,54 @@ func (v *view) await(ctx context.Context, what string, ready func(have map[strin
 	}
 }
 
+// follow returns when the view has shown the change, or for what we leave to the API server, when it shows exactly what is
+// wanted.
+func (v *view) follow(ctx context.Context, c change) error {
+	if c.theirs {
+		return v.await(ctx, fmt.Sprintf("exactly %d", len(c.want)), c.done)
+	}
+	made := make([]entry, len(c.missing))
+	for i, at := range c.missing {
+		made[i] = c.want[at]
+	}
+	if err := v.awaitShown(ctx, made); err != nil {
+		return err
+	}
+	return v.awaitGone(ctx, c.surplus)
+}
+
+// awaitShown returns when the view has shown all of these.
+func (v *view) awaitShown(ctx context.Context, entries []entry) error {
+	seen := 0
+	return v.await(ctx, fmt.Sprintf("%d new", len(entries)), func(have map[string]string) bool {
+		for seen < len(entries) && have[entries[seen].name] == entries[seen].tie {
+			seen++
+		}
+		return seen == len(entries)
+	})
+}
+
+// awaitGone returns when the view has shown each of these gone.
+func (v *view) awaitGone(ctx context.Context, entries []entry) error {
+	gone := 0
+	return v.await(ctx, fmt.Sprintf("the end of %d", len(entries)), func(have map[string]string) bool {
+		for gone < len(entries) {
+			if tie, ok := have[entries[gone].name]; ok && tie == entries[gone].tie {
+				return false
+			}
+			gone++
+		}
+		return true
+	})
+}
+
+// shows says whether the view shows exactly what is wanted now.
+func (v *view) shows(c change) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return c.done(v.have)
+}
+
 func (v *view) late(what string, cause error) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -100,9 +148,9 @@ func (v *view) compare(want []entry) change {
 			c.missing = append(c.missing, i)
 		}
 	}
-	for name := range v.have {
+	for name, tie := range v.have {
 		if _, ok := right[name]; !ok {
-			c.surplus = append(c.surplus, name)
+			c.surplus = append(c.surplus, entry{name, tie})
 		}
 	}
 	return c
