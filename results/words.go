@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package results
+
+import (
+	"fmt"
+	"math"
+	"slices"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+)
+
+// targetWords says what a target is.
+func targetWords(scenario, target string) string {
+	switch scenario + "/" + target {
+	case "connect/head":
+		return "to the first Service of the chain (head)"
+	case "connect/middle":
+		return "to the middle of the chain (middle)"
+	case "connect/tail":
+		return "to the last Service of the chain (tail)"
+	case "connect/random":
+		return "to Services at random (random)"
+	case "tax/pod":
+		return "to a pod's own address (pod)"
+	}
+	return target
+}
+
+// metricWords says what a metric is, for an axis.
+func metricWords(metric string) string {
+	switch metric {
+	case "p50":
+		return "median"
+	case "p90":
+		return "90th percentile"
+	case "p99":
+		return "99th percentile"
+	case "p999":
+		return "99.9th percentile"
+	case "cpu":
+		return "CPU"
+	case "proxy-cpu":
+		return "CPU of the proxy"
+	case "rss":
+		return "memory of the proxy"
+	}
+	return metric
+}
+
+// figureWords says what a picture shows. target is "" for one that shows several.
+func figureWords(scenario, target, metric string) string {
+	what := scenario
+	switch scenario {
+	case "connect":
+		what = "a new connection through a Service"
+		if target != "" {
+			what, _, _ = strings.Cut("a new connection "+targetWords(scenario, target), " (")
+		}
+	case "tax":
+		what = "a new connection to a pod's own address"
+	}
+	switch {
+	case metric == "p50":
+		return "time of " + what
+	case metric == "cpu":
+		return "CPU time of " + what
+	case metric == "proxy-cpu", metric == "rss":
+		return metricWords(metric) + " (" + scenario + ")"
+	case metric != metricWords(metric):
+		return metricWords(metric) + " of the time of " + what
+	}
+	return what + ": " + metric
+}
+
+func upperFirst(s string) string {
+	c, n := utf8.DecodeRuneInString(s)
+	return string(unicode.ToUpper(c)) + s[n:]
+}
+
+func plural(n int, word string) string {
+	if n == 1 {
+		return "1 " + word
+	}
+	return number(n) + " " + word + "s"
+}
+
+// sentences says in words what the verdicts of one scenario's main metric say. What the data do not say is
+// not said. Where a chain has a tail, the other targets are left to the table.
+func (a *analysis) sentences(verdicts []Verdict) []string {
+	tail := slices.ContainsFunc(verdicts, func(v Verdict) bool { return v.Target == "tail" && v.Points > 0 })
+	var out []string
+	for _, v := range verdicts {
+		if m := a.env.mode(v.Mode); m.Floor == "" || v.Points == 0 || tail && v.Target != "tail" {
+			continue
+		}
+		if s := sentence(v); s != "" {
+			out = append(out, s)
+		}
+	}
+	return append(out, chainSentences(verdicts)...)
+}
+
+func sentence(v Verdict) string {
+	slope := perService(v.Slope, v.Low, v.High, v.Unit)
+	from := fmt.Sprintf("%s at %s Services, %s at %s", quantity(v.AtSmallest, v.Unit), number(v.Smallest), quantity(v.AtLargest, v.Unit), number(v.Largest))
+	what := fmt.Sprintf("%s (%s, %s)", v.Scenario, v.Target, v.Metric)
+	if v.Scenario == "connect" || v.Scenario == "tax" {
+		what = "a connection " + targetWords(v.Scenario, v.Target)
+	}
+	switch {
+	case v.Scenario == "tax" && v.Model == Linear && v.Low > 0:
+		return fmt.Sprintf("**Every new connection on an %s node pays %s per Service, Service or not**: %s.", v.Mode, slope, from)
+	case v.Model == Linear && v.High < 0:
+		return fmt.Sprintf("On %s, %s falls with every Service, by %s: %s.", v.Mode, what, slope, from)
+	case v.Model == Linear:
+		return fmt.Sprintf("On %s, %s grows with every Service, by %s: %s.", v.Mode, what, slope, from)
+	case v.Model == Logarithmic:
+		doublings := math.Log2(float64(v.Largest) / float64(max(v.Smallest, 1)))
+		return fmt.Sprintf("On %s, %s grows with the logarithm of the number of Services, by %s each time it doubles: %s.", v.Mode, what, quantity(v.Rise/doublings, v.Unit), from)
+	case v.Model == Constant:
+		return fmt.Sprintf("On %s, no growth of %s is found: %s. More than %s over the ladder is excluded with 95 %% confidence; the noise floor is %s.",
+			v.Mode, what, from, quantity(v.Bound, v.Unit), quantity(v.Floor, v.Unit))
+	case v.Low > 0 && (v.FloorMode == "" || v.Low*float64(v.Largest-v.Smallest) > v.Floor):
+		return fmt.Sprintf("On %s, %s grows, by %s per Service on average (%s); no growth law is named.", v.Mode, what, slope, from)
+	}
+	return ""
+}
+
+// chainSentences relates the middle of a chain to its end.
+func chainSentences(verdicts []Verdict) []string {
+	var out []string
+	for _, tail := range verdicts {
+		if tail.Target != "tail" || tail.Model != Linear || !(tail.Low > 0) {
+			continue
+		}
+		i := slices.IndexFunc(verdicts, func(v Verdict) bool {
+			return v.Mode == tail.Mode && v.Target == "middle" && v.Model == Linear && v.Low > 0
+		})
+		if i >= 0 {
+			out = append(out, fmt.Sprintf("On %s, the middle of the chain pays %s of what its end pays per Service.", tail.Mode, formatValue(verdicts[i].Slope/tail.Slope)))
+		}
+	}
+	return out
+}
+
+// crossoverSentence says from where on a mode costs more than another.
+func crossoverSentence(c Crossover) string {
+	interval := fmt.Sprintf("%s to %s", number(int(math.Round(c.Low))), bounded(c.High))
+	what := strings.TrimSpace(c.Target + " " + c.Metric)
+	return fmt.Sprintf("From %s Services (%s) on, %s costs more than %s (%s, %s).", number(int(math.Round(c.Services))), interval, c.ModeA, c.ModeB, c.Scenario, what)
+}
+
+func bounded(x float64) string {
+	if math.IsInf(x, 1) {
+		return "beyond the ladder"
+	}
+	return number(int(math.Round(x)))
+}
