@@ -30,7 +30,7 @@ var (
 	// ErrFull is wrapped by errors of frontends that a map has no room for.
 	ErrFull = errors.New("map is full")
 	// ErrRootCgroup is wrapped by Attach's error for the root of the cgroup hierarchy, which holds the whole host.
-	ErrRootCgroup = errors.New("this is the root cgroup")
+	ErrRootCgroup = errors.New("the root cgroup holds the whole host, name a folder below it")
 )
 
 // Defaults of Options.
