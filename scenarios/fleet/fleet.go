@@ -13,6 +13,7 @@ import (
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -179,24 +180,21 @@ func (f *Fleet) compare(services []Service) [kinds]change {
 	return plans
 }
 
-// list returns true when LISTs show what the watches do. A LIST may be ahead of a watch; false means that the watches have
-// begun to show something else.
+// list returns true when LISTs show what the watches do. A LIST may be ahead of a watch; false means that the watch has begun
+// to show something else.
 func (f *Fleet) list(ctx context.Context, plans [kinds]change) (bool, error) {
-	for k, c := range plans {
-		for {
-			same, err := kind(k).listed(ctx, f.client, f.plan.Namespace, c)
-			if err != nil {
-				return false, err
+	var same [kinds]bool
+	group, ctx := errgroup.WithContext(ctx)
+	for k := range kinds {
+		group.Go(func() (err error) {
+			for !same[k] && err == nil && f.views[k].shows(plans[k]) {
+				same[k], err = k.listed(ctx, f.client, f.plan.Namespace, plans[k])
 			}
-			if same {
-				break
-			}
-			if !f.views[k].shows(c) {
-				return false, nil
-			}
-		}
+			return err
+		})
 	}
-	return true, nil
+	err := group.Wait()
+	return same == [kinds]bool{true, true, true}, err
 }
 
 // round is how many Services are written between two looks at what the API server shows.
