@@ -106,8 +106,8 @@ func compareVerdicts(ta, tb *table, v, w Verdict) ComparisonRow {
 	}
 	row.Floor = v.FloorMode
 	fa, fb := ta.floorSeries(k, v.FloorMode), tb.floorSeries(k, v.FloorMode)
-	row.RatioA = ratio(sa, fa, v.FloorMode, row.Services, v.Floor).Value
-	row.RatioB = ratio(sb, fb, v.FloorMode, row.Services, w.Floor).Value
+	row.RatioA = ratio(sa, fa, v.FloorMode, row.Services, aaNoise{}).Value
+	row.RatioB = ratio(sb, fb, v.FloorMode, row.Services, aaNoise{}).Value
 	for _, relative := range []float64{v.Floor / median(fa.values(row.Services)), w.Floor / median(fb.values(row.Services))} {
 		if !math.IsNaN(relative) {
 			row.Limit = max(row.Limit, relative)

@@ -49,7 +49,7 @@ func (t *table) crossover(k key, a, b Mode) Crossover {
 	sa, sb := t.series[k][a.Name], t.series[k][b.Name]
 	rungs := difference(sa, sb)
 	pair, _, ok := t.pairFor(k, a)
-	if !ok || !reallyCrosses(rungs, sa, sb, pair.floor) {
+	if !ok || !reallyCrosses(rungs, sa, sb, pair.noise) {
 		return c
 	}
 	medians := make([]float64, len(rungs))
@@ -61,7 +61,7 @@ func (t *table) crossover(k key, a, b Mode) Crossover {
 	}
 	c.Services = crossing(rungs, medians)
 	// Rung effects come from the A/A pair, then rounds within a rung are drawn.
-	noise := aaResiduals(pair.rungs)
+	noise := pair.noise.effects
 	rng := source(t.env.Seed, "crossover", k.String(), a.Name, b.Name)
 	draws := make([]float64, resamples)
 	y := make([]float64, len(rungs))
@@ -84,12 +84,12 @@ func (t *table) crossover(k key, a, b Mode) Crossover {
 
 // reallyCrosses reports whether a is claimed cheaper than b at one rung and dearer at a later one.
 // Two flat modes cross in the noise at every second rung; that is no crossover.
-func reallyCrosses(rungs []rung, a, b *series, floor float64) bool {
+func reallyCrosses(rungs []rung, a, b *series, noise aaNoise) bool {
 	cheaper := false
 	for _, r := range rungs {
 		n := int(r.services)
 		x, y := a.values(n), b.values(n)
-		if !differs(x, y, floor) {
+		if !differs(x, y, noise) {
 			continue
 		}
 		if median(x) < median(y) {
@@ -139,8 +139,8 @@ func (t *table) drifts() []drift {
 			d := drift{key: k, mode: m.Name, services: s.rungs()[0], floor: math.NaN()}
 			d.first, d.again = median(s.values(d.services)), median(slices.Collect(maps.Values(s.again)))
 			if pair, _, ok := t.pairFor(k, m); ok {
-				d.floor, d.known = pair.floor, true
-				d.beyond = math.Abs(d.again-d.first) > pair.floor
+				d.floor, d.known = pair.noise.floor, true
+				d.beyond = math.Abs(d.again-d.first) > pair.noise.floor
 			}
 			out = append(out, d)
 		}

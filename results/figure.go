@@ -142,8 +142,11 @@ func (t *table) plan() []figure {
 		if len(places) > 1 {
 			suffix = fmt.Sprintf("-%s-%s-%d", fileName(first.provider), fileName(first.kernel), first.endpoints)
 		}
-		if i := slices.IndexFunc(group, func(k key) bool { return k.target == "tail" }); i >= 0 && len(group) > 1 && first.metric == t.mainMetric(first) {
+		if i := slices.IndexFunc(group, func(k key) bool { return k.target == "tail" }); i >= 0 && first.metric == t.mainMetric(first) {
 			out = append(out, t.figure(name+"-tail"+suffix+".png", group[i:i+1], styles))
+			if len(group) == 1 {
+				continue
+			}
 		}
 		out = append(out, t.figure(name+suffix+".png", group, styles))
 	}

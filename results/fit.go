@@ -51,32 +51,31 @@ type fitResult struct {
 	note  string
 }
 
-// fit judges how the cost grows. noise holds standardised residuals of the A/A pair, see aaResiduals; it may be empty.
-// floor is the noise floor in the metric's unit, NaN if it is not known. docs/method.md has the reasons.
-func fit(rungs []rung, noise []float64, floor float64, rng *rand.Rand) fitResult {
+// fit judges how the cost grows. docs/method.md has the reasons.
+func fit(rungs []rung, noise aaNoise, rng *rand.Rand) fitResult {
 	k := len(rungs)
 	if k < 2 {
 		return fitResult{model: Undecided, slope: math.NaN(), low: math.NaN(), high: math.NaN(), rise: math.NaN(), bound: math.NaN(),
-			note: "fewer than two rungs"}
+			note: "a single rung"}
 	}
 	line := newShape(rungs, func(n float64) float64 { return n })
 	// A rung without a Service stands at one: log n begins there.
 	curve := newShape(rungs, func(n float64) float64 { return math.Log(max(n, 1)) })
-	if k == 2 && len(noise) == 0 {
+	if k == 2 && len(noise.effects) == 0 {
 		s := line.fit(line.medians)
 		return fitResult{model: Undecided, slope: s.slope, low: math.NaN(), high: math.NaN(), rise: s.slope * line.span, bound: math.NaN(),
 			note: "two rungs and no A/A pair: no interval"}
 	}
 	lineFit := line.fit(line.medians)
-	slopes, rises := bootstrap(rungs, line, curve, noise, rng)
+	slopes, rises := bootstrap(rungs, line, curve, noise.effects, rng)
 
 	out := fitResult{slope: lineFit.slope, low: slopes[0], high: slopes[1], rise: lineFit.slope * line.span}
 	out.bound = max(math.Abs(slopes[0]*line.span), math.Abs(slopes[1]*line.span), math.Abs(rises[0]), math.Abs(rises[1]))
-	if math.IsNaN(floor) {
+	if !noise.known {
 		out.model, out.note = Undecided, "no A/A pair in the run: the noise floor is not known"
 		return out
 	}
-	if out.bound < floor {
+	if out.bound < noise.floor {
 		out.model = Constant
 		return out
 	}
@@ -94,9 +93,9 @@ func fit(rungs []rung, noise []float64, floor float64, rng *rand.Rand) fitResult
 		out.rise = curve.fit(curve.medians).slope * curve.span
 		lower = lowerBound(rises[0], rises[1])
 	}
-	beyond := math.Abs(out.rise) > floor
+	beyond := math.Abs(out.rise) > noise.floor
 	switch {
-	case lower > floor, beyond && best < constant:
+	case lower > noise.floor, beyond && best < constant:
 		if other-best < aiccMargin {
 			out.model, out.note = Undecided, "grows; O(log n) and O(n) fit alike"
 			return out
@@ -105,7 +104,7 @@ func fit(rungs []rung, noise []float64, floor float64, rng *rand.Rand) fitResult
 	case beyond && least > 0:
 		out.model, out.note = Undecided, "rises by more than the floor, but neither like O(log n) nor like O(n)"
 	default:
-		out.model, out.note = Constant, "by AICc; the interval reaches beyond the noise floor"
+		out.model, out.note = Constant, "by AICc"
 	}
 	return out
 }
@@ -283,36 +282,4 @@ func (e *effects) interval(draws []float64, center float64) [2]float64 {
 		center + e.widen*(quantile(tail, draws)-center),
 		center + e.widen*(quantile(1-tail, draws)-center),
 	}
-}
-
-// aaResiduals returns the rung effects that an A/A pair shows: the median difference of each rung, minus their mean, standardised by the rung's scale.
-func aaResiduals(rungs []rung) []float64 {
-	if len(rungs) < 2 {
-		return nil
-	}
-	var medians, weights []float64
-	for _, r := range rungs {
-		medians = append(medians, median(r.values))
-		weights = append(weights, 1/(r.scale*r.scale))
-	}
-	mean := stat.Mean(medians, weights)
-	for i, r := range rungs {
-		medians[i] = (medians[i] - mean) / r.scale
-	}
-	return medians
-}
-
-// noiseFloor returns the 95th percentile of |difference| over the rounds of an A/A pair, in the metric's unit; NaN for no rounds.
-func noiseFloor(rungs []rung) float64 {
-	var d []float64
-	for _, r := range rungs {
-		for _, v := range r.values {
-			d = append(d, math.Abs(v))
-		}
-	}
-	if len(d) == 0 {
-		return math.NaN()
-	}
-	slices.Sort(d)
-	return quantile(0.95, d)
 }

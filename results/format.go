@@ -14,7 +14,10 @@ func formatValue(x float64) string {
 	if math.Abs(x) >= 100 {
 		return strconv.FormatFloat(math.Round(x), 'f', -1, 64)
 	}
-	if x != 0 && math.Abs(x) < 0.001 {
+	if x == 0 {
+		return "0"
+	}
+	if math.Abs(x) < 0.001 {
 		return strconv.FormatFloat(x, 'g', 2, 64)
 	}
 	digits := 2 - int(math.Floor(math.Log10(max(math.Abs(x), 0.1))))
@@ -55,10 +58,13 @@ func quantity(x float64, unit string) string {
 	return formatValue(x/divisor) + " " + name
 }
 
-// spread prints a median with its interval in one unit: 16.3 µs (16.1 to 16.5).
+// spread prints a median with its interval in one unit: 16.3 µs (16.1 to 16.5). A single value has none.
 func spread(s summary, unit string) string {
 	if math.IsNaN(s.median) {
 		return "–"
+	}
+	if s.n == 1 {
+		return quantity(s.median, unit)
 	}
 	name, divisor := scaleOf(s.median, unit)
 	return fmt.Sprintf("%s %s (%s to %s)", formatValue(s.median/divisor), name, formatValue(s.low/divisor), formatValue(s.top/divisor))

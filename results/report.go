@@ -120,7 +120,7 @@ func (a *analysis) verdictSection(b *strings.Builder, p place) {
 	}
 	b.WriteString("The verdict and the slope are of the cost above the mode's floor (see the note), the other figures are medians as measured. ÷ is the ratio at the " +
 		"mode's largest rung; ~ means that no difference is claimed (Mann–Whitney p ≥ 0.05, or less apart than the noise floor). " +
-		"O(1): no rise beyond the noise floor; undecided: the data do not say. The method is described in docs/method.md.\n\n")
+		"O(1): a rise beyond the noise floor is excluded; O(1) by AICc: it is not excluded, but no growth law explains the medians better than none does; undecided: the data do not say. The method is described in docs/method.md.\n\n")
 }
 
 func (a *analysis) verdictRow(v Verdict, floors []string) []string {
@@ -252,7 +252,7 @@ func (a *analysis) rungTable(b *strings.Builder, group []key) {
 		}
 	}
 	markdown(b, header, rows)
-	b.WriteString("Medians of the rounds with their 95 % interval (the range, for fewer than six rounds).\n\n")
+	b.WriteString("Medians of the rounds with their 95 % interval (the range, for two to five rounds).\n\n")
 }
 
 // skipped returns why mode has no values at a rung, or "".
@@ -387,11 +387,21 @@ func (a *analysis) skipSection(b *strings.Builder) {
 		b.WriteString("Nothing.\n\n")
 		return
 	}
-	var rows [][]string
+	rows := map[skip][]string{}
+	var order []skip
 	for _, s := range a.skips {
-		rows = append(rows, []string{s.provider, s.kernel, s.scenario, s.mode, s.target, number(s.services), "skipped: " + s.reason})
+		n := s.services
+		s.services = 0 // one row for all rungs of one reason
+		if rows[s] == nil {
+			order = append(order, s)
+		}
+		rows[s] = append(rows[s], number(n))
 	}
-	markdown(b, []string{"provider", "kernel", "scenario", "mode", "target", "Services", "reason"}, rows)
+	var table [][]string
+	for _, s := range order {
+		table = append(table, []string{s.provider, s.kernel, s.scenario, s.mode, s.target, strings.Join(rows[s], "; "), "skipped: " + s.reason})
+	}
+	markdown(b, []string{"provider", "kernel", "scenario", "mode", "target", "Services", "reason"}, table)
 }
 
 func (a *analysis) environmentSection(b *strings.Builder) {

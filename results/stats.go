@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/perf/benchmath"
 	"gonum.org/v1/gonum/stat"
+	"gonum.org/v1/gonum/stat/distuv"
 )
 
 const (
@@ -49,13 +50,59 @@ func median(values []float64) float64 {
 	return summarize(values).median
 }
 
-// differs claims that a and b are different: Mann–Whitney says p < 0.05, and their medians are more than floor apart.
-// Nothing is claimed where the floor is not known (NaN).
-func differs(a, b []float64, floor float64) bool {
-	if len(a) == 0 || len(b) == 0 {
+// aaNoise is what an A/A pair says about noise. The zero value is that of a pair without data; nothing is claimed with it.
+type aaNoise struct {
+	known bool
+	// floor is the 95th percentile of |difference| over the rounds, in the metric's unit.
+	floor float64
+	// relative bounds the difference of two medians at one rung, over √(a² + b²). Noise grows
+	// with the cost: what is a difference at 16 µs is none at 160 µs.
+	relative float64
+	// effects are the rungs' median differences without their mean, standardised.
+	effects []float64
+}
+
+// noiseOf reads the noise from the differences of an A/A pair.
+func noiseOf(rungs []rung) aaNoise {
+	n := aaNoise{known: len(rungs) > 0, floor: math.NaN(), relative: math.NaN()}
+	if !n.known {
+		return n
+	}
+	var absolute, relative, medians, weights []float64
+	var squares float64
+	for _, r := range rungs {
+		for _, v := range r.values {
+			absolute, relative = append(absolute, math.Abs(v)), append(relative, math.Abs(v)/r.scale)
+		}
+		m := median(r.values)
+		squares += m * m / (r.scale * r.scale)
+		medians, weights = append(medians, m), append(weights, 1/(r.scale*r.scale))
+	}
+	slices.Sort(absolute)
+	slices.Sort(relative)
+	n.floor = quantile(confidence, absolute)
+	// All rounds of a rung share its effect, so six rungs of ten rounds are nearer to six values than to sixty, and
+	// their 95th percentile is too small to hold for the next rung. Student's t with a degree of freedom for each rung is not.
+	k := float64(len(rungs))
+	t := distuv.StudentsT{Sigma: 1, Nu: k}.Quantile(1 - alpha/2)
+	n.relative = max(quantile(confidence, relative), t*math.Sqrt(squares/k))
+	if len(rungs) > 1 {
+		mean := stat.Mean(medians, weights)
+		for i, r := range rungs {
+			n.effects = append(n.effects, (medians[i]-mean)/r.scale)
+		}
+	}
+	return n
+}
+
+// differs claims that a and b are different: Mann–Whitney says p < 0.05, and their medians are further apart than the noise explains.
+// Nothing is claimed where the noise is not known.
+func differs(a, b []float64, noise aaNoise) bool {
+	if len(a) == 0 || len(b) == 0 || !noise.known {
 		return false
 	}
-	if d := math.Abs(median(a) - median(b)); !(d > floor) {
+	x, y := median(a), median(b)
+	if d := math.Abs(x - y); d <= noise.floor || d <= noise.relative*math.Hypot(x, y) {
 		return false
 	}
 	return benchmath.AssumeNothing.Compare(sample(a), sample(b)).P < alpha

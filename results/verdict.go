@@ -42,7 +42,7 @@ type Verdict struct {
 type Ratio struct {
 	Floor   string
 	Value   float64 // NaN where the floor mode has no such value
-	Differs bool    // Mann–Whitney p < 0.05 and further apart than the noise floor
+	Differs bool    // Mann–Whitney p < 0.05 and further apart than the noise explains
 }
 
 // NoiseFloor is what an A/A pair says about one metric.
@@ -62,7 +62,7 @@ type NoiseFloor struct {
 type aaPair struct {
 	mode, twin string
 	rungs      []rung
-	floor      float64
+	noise      aaNoise
 }
 
 // pairs returns the A/A pairs that were measured at k.
@@ -77,7 +77,7 @@ func (t *table) pairs(k key) []aaPair {
 			continue
 		}
 		if d := difference(a, b); len(d) > 0 {
-			out = append(out, aaPair{mode: m.Twin, twin: m.Name, rungs: d, floor: noiseFloor(d)})
+			out = append(out, aaPair{mode: m.Twin, twin: m.Name, rungs: d, noise: noiseOf(d)})
 		}
 	}
 	return out
@@ -104,7 +104,7 @@ func (t *table) pairFor(k key, m Mode) (pair aaPair, elsewhere string, ok bool) 
 			continue
 		}
 		for _, p := range t.pairs(other) {
-			if !ok || p.floor > pair.floor {
+			if !ok || p.noise.floor > pair.noise.floor {
 				pair, elsewhere, ok = p, other.target, true
 			}
 		}
@@ -162,17 +162,18 @@ func (t *table) verdict(k key, m Mode) (v Verdict, ok bool) {
 		}
 	}
 	pair, elsewhere, havePair := t.pairFor(k, m)
-	var noise []float64
+	noise := pair.noise
 	if havePair {
-		v.Floor = pair.floor
-		if base != nil {
-			noise = aaResiduals(pair.rungs)
+		v.Floor = noise.floor
+		if base == nil {
+			// The drift of the machine is in the value itself and not in the pair's difference.
+			noise.effects = nil
 		}
 		if elsewhere != "" {
 			notes = append(notes, "noise floor of target "+elsewhere)
 		}
 	}
-	f := fit(rungs, noise, v.Floor, source(t.env.Seed, "verdict", k.String(), m.Name))
+	f := fit(rungs, noise, source(t.env.Seed, "verdict", k.String(), m.Name))
 	v.Model, v.Slope, v.Low, v.High, v.Rise, v.Bound, v.Points = f.model, f.slope, f.low, f.high, f.rise, f.bound, len(rungs)
 	if f.note != "" {
 		notes = append(notes, f.note)
@@ -186,13 +187,13 @@ func (t *table) verdict(k key, m Mode) (v Verdict, ok bool) {
 		if floor.Name == m.Name {
 			continue
 		}
-		v.Ratios = append(v.Ratios, ratio(s, t.floorSeries(k, floor.Name), floor.Name, v.Largest, v.Floor))
+		v.Ratios = append(v.Ratios, ratio(s, t.floorSeries(k, floor.Name), floor.Name, v.Largest, pair.noise))
 	}
 	return v, true
 }
 
 // ratio pairs within rounds; noise common to a round cancels.
-func ratio(s, base *series, floor string, services int, noise float64) Ratio {
+func ratio(s, base *series, floor string, services int, noise aaNoise) Ratio {
 	r := Ratio{Floor: floor, Value: math.NaN()}
 	if base == nil {
 		return r
@@ -239,16 +240,16 @@ func (t *table) noiseFloors() []NoiseFloor {
 			a, b := t.series[k][p.mode], t.series[k][p.twin]
 			f := NoiseFloor{
 				Provider: k.provider, Kernel: k.kernel, Endpoints: k.endpoints, Scenario: k.scenario, Target: k.target,
-				Metric: k.metric, Unit: k.unit, Mode: p.mode, Twin: p.twin, Floor: p.floor,
+				Metric: k.metric, Unit: k.unit, Mode: p.mode, Twin: p.twin, Floor: p.noise.floor,
 			}
 			var all []float64
 			for _, r := range p.rungs {
 				f.Rounds += len(r.values)
 				n := int(r.services)
 				all = append(all, a.values(n)...)
-				f.Differs = f.Differs || differs(a.values(n), b.values(n), p.floor)
+				f.Differs = f.Differs || differs(a.values(n), b.values(n), p.noise)
 			}
-			f.Relative = p.floor / median(all)
+			f.Relative = p.noise.floor / median(all)
 			out = append(out, f)
 		}
 	}
