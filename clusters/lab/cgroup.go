@@ -3,7 +3,6 @@
 package lab
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -12,31 +11,11 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
-
-	"github.com/plimsoll-bench/plimsoll/clusters"
 )
 
 // cgroup is one cgroup2 folder.
 type cgroup struct {
 	dir string
-}
-
-// cgroup2Mount finds where this host mounts cgroup2: /sys/fs/cgroup on most hosts, a folder below it on mixed ones.
-func cgroup2Mount() (string, error) {
-	f, err := os.Open("/proc/self/mountinfo")
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	for s := bufio.NewScanner(f); s.Scan(); {
-		// proc(5): the fields before " - " end with optional ones; the fifth is the mount point, the first after it the type.
-		left, right, ok := strings.Cut(s.Text(), " - ")
-		fields := strings.Fields(left)
-		if ok && len(fields) > 4 && strings.HasPrefix(right, "cgroup2 ") {
-			return fields[4], nil
-		}
-	}
-	return "", fmt.Errorf("no cgroup2 file system is mounted (mount -t cgroup2 none DIR): %w", clusters.ErrNotSupported)
 }
 
 func newCgroup(dir string) (*cgroup, error) {

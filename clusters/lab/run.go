@@ -14,6 +14,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
 )
 
 // StateDir holds one file per run that has something on this host. It is memory, as what it describes.
@@ -53,7 +55,7 @@ type run struct {
 
 // newRun writes the state file, then makes what stands in it.
 func newRun(name, dir string) (*run, error) {
-	root, err := cgroup2Mount()
+	root, err := clusters.Cgroup2Mount()
 	if err != nil {
 		return nil, err
 	}

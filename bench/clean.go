@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/plimsoll-bench/plimsoll/clusters/lab"
+)
+
+func newCleanCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "clean",
+		Short: "remove what crashed or killed runs left on this host",
+		Long: "Clean ends the processes and removes the cgroups, namespaces and folders of runs whose own process is gone.\n" +
+			"Runs that are alive are left alone, and so are results.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if os.Geteuid() != 0 {
+				return errors.New("what runs leave belongs to root: run it as root (sudo plimsoll clean)")
+			}
+			found := false
+			err := lab.Clean(cmd.Context(), func(line string) {
+				found = true
+				fmt.Fprintln(cmd.OutOrStdout(), line)
+			})
+			if err == nil && !found {
+				fmt.Fprintln(cmd.OutOrStdout(), "nothing to clean")
+			}
+			return err
+		},
+	}
+}

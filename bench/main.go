@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Command plimsoll finds how many Services a node carries before latency, CPU or programming time sinks, for kube-proxy in
+// each of its modes and for an embedded eBPF load balancer.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+)
+
+// version and commit are set by the linker.
+var (
+	version = "devel"
+	commit  = ""
+)
+
+// Exit codes: 1 for an error, interrupted for a run that a signal ended (128 + SIGINT, as shells say it).
+const interrupted = 130
+
+// errInterrupted ends a run that a signal stopped.
+var errInterrupted = errors.New("interrupted")
+
+func main() {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	go func() {
+		s := <-signals
+		// A second signal ends the program at once; plimsoll clean then removes what is left.
+		signal.Stop(signals)
+		cancel(fmt.Errorf("%w by %s", errInterrupted, s))
+	}()
+	err := run(ctx, os.Stdout, os.Stderr, os.Args[1:])
+	switch {
+	case err == nil:
+	case errors.Is(context.Cause(ctx), errInterrupted):
+		fmt.Fprintln(os.Stderr, "plimsoll:", context.Cause(ctx))
+		os.Exit(interrupted)
+	default:
+		fmt.Fprintln(os.Stderr, "plimsoll:", err)
+		os.Exit(1)
+	}
+}
+
+// run is the whole program but for the process around it.
+func run(ctx context.Context, stdout, stderr io.Writer, args []string) error {
+	root := &cobra.Command{
+		Use:           "plimsoll",
+		Short:         "find the load line of a Kubernetes Service dataplane",
+		Version:       version,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		Args:          cobra.NoArgs,
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	root.AddCommand(newRunCommand(), newReportCommand(), newCompareCommand(), newListCommand(), newDoctorCommand(), newCleanCommand(),
+		newAgentCommand(), newPodServerCommand(), newPodClientCommand())
+	root.CompletionOptions.DisableDefaultCmd = true
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	root.SetArgs(args)
+	return root.ExecuteContext(ctx)
+}

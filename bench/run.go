@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/plimsoll-bench/plimsoll/results"
+	"github.com/plimsoll-bench/plimsoll/scenarios"
+)
+
+// profile is a plan's ladder, rounds and patience under one name.
+type profile struct {
+	name, doc string
+	services  []int
+	rounds    int
+	again     int
+	limit     time.Duration
+}
+
+var profiles = []profile{
+	{"quick", "a first picture", []int{100, 1000, 5000}, 6, 3, 5 * time.Minute},
+	{"default", "enough rungs for every verdict", []int{100, 1000, 2000, 5000, 10000, 20000}, 10, 5, 5 * time.Minute},
+	{"full", "up to 50,000 Services", []int{100, 1000, 2000, 5000, 10000, 20000, 50000}, 10, 5, 25 * time.Minute},
+}
+
+// minRounds is the fewest rounds that a median and its interval stand on.
+const minRounds = 6
+
+// runOptions are the flags of `plimsoll run` that are no part of the plan.
+type runOptions struct {
+	provider string
+	profile  string
+	plan     scenarios.Plan
+}
+
+func newRunCommand() *cobra.Command {
+	var o runOptions
+	cmd := &cobra.Command{
+		Use:   "run [scenario…]",
+		Short: "measure: every mode at every number of Services, round by round",
+		Long: "Run stands up one node per mode, scales the Services rung by rung, measures every mode in every round, and writes\n" +
+			"records, CSV, pictures and report.md into a folder. Scenarios default to all; `plimsoll list` names them.",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := o.complete(cmd, args); err != nil {
+				return err
+			}
+			return o.run(cmd.Context(), cmd.OutOrStdout(), cmd.ErrOrStderr())
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.provider, "provider", "lab", "where nodes come from (plimsoll list)")
+	f.StringVar(&o.profile, "profile", "default", "quick, default or full: ladder, rounds and limit that other flags change")
+	f.StringSliceVar(&o.plan.Modes, "modes", []string{"direct", "direct-conntrack", "iptables", "iptables-legacy", "ipvs", "nftables", "ebpf"}, "modes to compare (plimsoll list)")
+	f.IntSliceVar(&o.plan.Services, "services", nil, "numbers of Services, ascending")
+	f.IntVar(&o.plan.Endpoints, "endpoints", 2, "endpoints of each Service")
+	f.IntVar(&o.plan.Rounds, "rounds", 0, "visits of every mode at every rung, at least 6")
+	f.Uint64Var(&o.plan.Seed, "seed", 1, "seed of the order of visits, of addresses, and of every bootstrap")
+	f.StringVar(&o.plan.Out, "out", "", "folder for the results (default results/runs/TIME)")
+	f.BoolVar(&o.plan.Settings.ProxyDefaults, "proxy-defaults", false, "leave each proxy at its own defaults instead of minSyncPeriod 10 ms for all")
+	f.DurationVar(&o.plan.ProgrammingLimit, "programming-limit", 0, "how long a mode may take to carry a rung before it is skipped")
+	f.StringVar(&o.plan.Bin, "bin", "", "folder with kube-apiserver, kube-proxy and etcd (default the one that this program lies in)")
+	f.StringVar(&o.plan.Twin, "twin", "direct", "mode that gets a second node; the noise floor comes from the difference; empty for none")
+	f.IntVar(&o.plan.Connects, "connects", 1000, "connects timed per visit and target")
+	f.Float64Var(&o.plan.Rate, "rate", 1000, "connects a second while CPU is measured, the same for all modes")
+	f.IntVar(&o.plan.PacedConnects, "paced-connects", 250, "connects per visit and target while CPU is measured")
+	return cmd
+}
+
+// complete fills in the profile under the flags that were given and refuses what makes no sense.
+func (o *runOptions) complete(cmd *cobra.Command, args []string) error {
+	i := slices.IndexFunc(profiles, func(p profile) bool { return p.name == o.profile })
+	if i < 0 {
+		return fmt.Errorf("profile %q is not one of quick, default, full", o.profile)
+	}
+	p, plan := profiles[i], &o.plan
+	if len(plan.Services) == 0 {
+		plan.Services = p.services
+	}
+	if plan.Rounds == 0 {
+		plan.Rounds = p.rounds
+	}
+	if plan.ProgrammingLimit == 0 {
+		plan.ProgrammingLimit = p.limit
+	}
+	plan.Again = min(p.again, plan.Rounds)
+	plan.Warmup = plan.Connects / 10
+	plan.Scenarios = args
+	if len(args) == 0 {
+		for _, s := range scenarios.Scenarios {
+			plan.Scenarios = append(plan.Scenarios, s.Name())
+		}
+	}
+	if plan.Bin == "" {
+		var err error
+		if plan.Bin, err = binaries(); err != nil {
+			return err
+		}
+	}
+	switch {
+	case plan.Rounds < minRounds:
+		return fmt.Errorf("--rounds %d: at least %d are needed for a median with an interval", plan.Rounds, minRounds)
+	case plan.Endpoints < 1:
+		return fmt.Errorf("--endpoints %d: at least 1 is needed to connect to", plan.Endpoints)
+	case plan.Connects < 10 || plan.PacedConnects < 10 || plan.Rate <= 0:
+		return errors.New("--connects and --paced-connects want at least 10, --rate more than 0")
+	case !slices.IsSorted(plan.Services) || len(slices.Compact(slices.Clone(plan.Services))) != len(plan.Services) || plan.Services[0] < 1:
+		return fmt.Errorf("--services %v: want ascending numbers from 1 on", plan.Services)
+	case plan.Services[len(plan.Services)-1] > 65000:
+		return fmt.Errorf("--services %d: the Service range of a lab holds 65000", plan.Services[len(plan.Services)-1])
+	case len(slices.Compact(slices.Sorted(slices.Values(plan.Modes)))) != len(plan.Modes):
+		return fmt.Errorf("--modes %v: a mode is named twice", plan.Modes)
+	case plan.Twin != "" && !slices.Contains(plan.Modes, plan.Twin):
+		if cmd.Flags().Changed("twin") {
+			return fmt.Errorf("--twin %s is not among --modes", plan.Twin)
+		}
+		plan.Twin = plan.Modes[0]
+	}
+	for _, name := range []string{"etcd", "kube-apiserver", "kube-proxy"} {
+		if _, err := os.Stat(filepath.Join(plan.Bin, name)); err != nil {
+			return fmt.Errorf("%s is not in %s: make build makes it", name, plan.Bin)
+		}
+	}
+	return nil
+}
+
+func (o *runOptions) run(ctx context.Context, stdout, stderr io.Writer) (err error) {
+	provider, err := findProvider(o.provider)
+	if err != nil {
+		return err
+	}
+	if os.Geteuid() != 0 {
+		return errors.New("measuring makes network namespaces and loads BPF programs: run it as root (sudo)")
+	}
+	now := time.Now()
+	if o.plan.Out == "" {
+		o.plan.Out = filepath.Join("results", "runs", now.UTC().Format("20060102-150405"))
+	}
+	if err := makeOut(o.plan.Out); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, giveBack(o.plan.Out)) }()
+	o.plan.Run = runName()
+	env := describeHost(ctx, o.plan.Bin)
+	env.Run, env.Seed, env.Start, env.Command = o.plan.Run, int64(o.plan.Seed), now, os.Args
+	env.Settings = map[string]string{
+		"proxy":    "like for like: minSyncPeriod 10 ms everywhere",
+		"connects": strconv.Itoa(o.plan.Connects), "paced-connects": strconv.Itoa(o.plan.PacedConnects),
+		"rate": fmt.Sprintf("%g connects/s", o.plan.Rate), "programming-limit": o.plan.ProgrammingLimit.String(),
+	}
+	if o.plan.Settings.ProxyDefaults {
+		env.Settings["proxy"] = "each proxy's own defaults"
+	}
+
+	progress, err := newProgress(stderr, filepath.Join(o.plan.Out, "log.txt"))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, progress.close()) }()
+	progress.Step(fmt.Sprintf("run %s: results go to %s", o.plan.Run, o.plan.Out))
+	err = scenarios.Run(ctx, o.plan, provider, env, progress)
+	if err != nil {
+		progress.Warn(err.Error())
+	}
+	// What was measured before an interrupt or an error is worth a report too.
+	if _, stat := os.Stat(filepath.Join(o.plan.Out, results.RecordsFile)); stat == nil {
+		progress.Step("rendering the report")
+		err = errors.Join(err, render(o.plan.Out))
+	}
+	if err == nil {
+		progress.Step(fmt.Sprintf("done in %s", time.Since(now).Round(time.Second)))
+		fmt.Fprintln(stdout, filepath.Join(o.plan.Out, results.ReportFile))
+	}
+	return err
+}
+
+// runName is short, unique, and fit for a file's or a cgroup's name.
+func runName() string {
+	var b [4]byte
+	rand.Read(b[:])
+	return hex.EncodeToString(b[:])
+}
+
+// makeOut makes the results' folder, which must be new or empty: a run never writes over another.
+func makeOut(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err == nil && len(entries) > 0 {
+		return fmt.Errorf("--out %s is not empty: results are never written over", dir)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("--out: %w", err)
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("--out: %w", err)
+	}
+	return nil
+}
+
+// giveBack hands the results to the user who called sudo.
+func giveBack(dir string) error {
+	uid, err := strconv.Atoi(os.Getenv("SUDO_UID"))
+	if err != nil || os.Geteuid() != 0 {
+		return nil
+	}
+	gid, err := strconv.Atoi(os.Getenv("SUDO_GID"))
+	if err != nil {
+		gid = -1
+	}
+	return filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		return os.Lchown(path, uid, gid)
+	})
+}

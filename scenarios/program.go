@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package scenarios
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/dataplane"
+	"github.com/plimsoll-bench/plimsoll/results"
+	"github.com/plimsoll-bench/plimsoll/scenarios/load"
+	"github.com/plimsoll-bench/plimsoll/scenarios/meters"
+)
+
+// programming is the scenario name of the records that this file writes: how long each mode took to carry a rung.
+const programming = "programming"
+
+// program scales the fleet to the rung and returns when every site carries it: the newest Service answers and the rules or
+// maps count N. A site that does not within the plan's limit is out of the run from here on, and says so in the results.
+func (b *bench) program(ctx context.Context, r *rung) error {
+	before := b.fleet.Len()
+	b.report.Step(fmt.Sprintf("writing Services: %d → %d", before, r.services))
+	for mode, reason := range b.skipped {
+		if err := b.skip(r, mode, reason); err != nil {
+			return err
+		}
+	}
+	var live []*site
+	for _, s := range b.sites {
+		if s.lost != "" {
+			if err := b.skip(r, s.name, s.lost); err != nil {
+				return err
+			}
+			continue
+		}
+		live = append(live, s)
+	}
+
+	began := time.Now()
+	scaled := make(chan struct{}) // closed when the fleet has r.services
+	var mu sync.Mutex             // guards r.sites and the writer's order
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		timing, err := b.fleet.Scale(gctx, r.services, nil)
+		if err != nil {
+			return err
+		}
+		b.report.Step(fmt.Sprintf("the API server shows %d Services after %.1f s; waiting for %d nodes to carry them", r.services, timing.Listed.Seconds(), len(live)))
+		for i := range r.services {
+			b.numbers[b.fleet.Service(i).Address] = i
+		}
+		close(scaled)
+		return nil
+	})
+	outcomes := make([]programmed, len(live))
+	for i, s := range live {
+		g.Go(func() (err error) {
+			select {
+			case <-scaled:
+			case <-gctx.Done():
+				return gctx.Err()
+			}
+			outcomes[i], err = b.awaitProgrammed(gctx, s, r, began)
+			if err != nil {
+				return fmt.Errorf("%s: %w", s.name, err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			if p := outcomes[i]; p.late == "" && p.proxy {
+				b.report.Step(fmt.Sprintf("%s carries %d Services after %.1f s", s.name, r.services, p.took.Seconds()))
+			}
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	for i, s := range live {
+		if err := b.recordProgramming(ctx, r, s, before, outcomes[i]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// programmed is how a site came to carry a rung.
+type programmed struct {
+	proxy bool // false on floors, which have nothing to program
+	late  string
+	took  time.Duration
+	cpu   time.Duration
+}
+
+// awaitProgrammed waits for one site. Time counts from began, when the fleet's first write began.
+func (b *bench) awaitProgrammed(ctx context.Context, s *site, r *rung, began time.Time) (programmed, error) {
+	if s.ProxyCgroup() == "" {
+		return programmed{}, nil
+	}
+	p := programmed{proxy: true}
+	cpu, err := meters.Usage(s.ProxyCgroup())
+	if err != nil {
+		return p, err
+	}
+	limit, cancel := context.WithDeadline(ctx, began.Add(b.plan.ProgrammingLimit))
+	defer cancel()
+	newest := b.fleet.Service(r.services - 1).Address
+	counted, want := 0, s.base+r.services
+	late := func() (programmed, error) {
+		if ctx.Err() != nil {
+			return p, ctx.Err()
+		}
+		p.late = fmt.Sprintf("not programmed in %s (%d of %d Service ports)", b.plan.ProgrammingLimit, counted, want)
+		return p, nil
+	}
+	for {
+		left := time.Until(began.Add(b.plan.ProgrammingLimit))
+		if left <= 0 {
+			return late()
+		}
+		reply, err := s.load.client.Do(ctx, load.Request{Kind: load.Wait, Addresses: []netip.AddrPort{newest}, Limit: left})
+		if err != nil {
+			return p, err
+		}
+		if reply.Unsent > 0 {
+			counted, _, _ = s.mode.Programmed(ctx, s.Site) // best effort: it only completes the message
+			return late()
+		}
+		answered := time.Now()
+		if counted, _, err = s.mode.Programmed(limit, s.Site); err != nil && limit.Err() == nil {
+			return p, err
+		}
+		if counted == want {
+			p.took = answered.Sub(began)
+			now, err := meters.Usage(s.ProxyCgroup())
+			p.cpu = now - cpu
+			return p, err
+		}
+		select {
+		case <-limit.Done():
+			return late()
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// recordProgramming writes a site's programming record and takes late sites out of the run.
+func (b *bench) recordProgramming(ctx context.Context, r *rung, s *site, before int, p programmed) error {
+	if p.late != "" {
+		s.lost = p.late
+		b.report.Warn(fmt.Sprintf("%s: %s; it is out of the run from here on", s.name, p.late))
+		if err := s.Freeze(ctx, true); err != nil {
+			return err
+		}
+		return b.skip(r, s.name, p.late)
+	}
+	r.sites = append(r.sites, s)
+	if !p.proxy {
+		return nil
+	}
+	memory, err := meters.ReadMemory(s.ProxyCgroup())
+	if err != nil {
+		return err
+	}
+	rec := b.record(r, programming, s.name, "fleet", 0)
+	rec.Count = int64(max(r.services-before, before-r.services))
+	rec.Values = []results.Value{
+		{Metric: "programming", Unit: "ns", Value: float64(p.took)},
+		{Metric: "proxy-programming-cpu", Unit: "ns", Value: float64(p.cpu)},
+		{Metric: "proxy-rss", Unit: "bytes", Value: float64(memory.RSS)},
+	}
+	return b.writer.Append(rec)
+}
+
+// skip writes one row a scenario and target that says why there is nothing to measure.
+func (b *bench) skip(r *rung, mode, why string) error {
+	for _, sc := range b.scenarios {
+		for _, target := range sc.Targets() {
+			rec := b.record(r, sc.Name(), mode, target, 0)
+			rec.Skipped = why
+			if err := b.writer.Append(rec); err != nil {
+				return err
+			}
+		}
+	}
+	rec := b.record(r, programming, mode, "fleet", 0)
+	rec.Skipped = why
+	return b.writer.Append(rec)
+}
+
+// restShare and restTime say what rest is: a proxy that used less than 1 % of a CPU for two seconds and has nothing queued.
+const (
+	restShare = 0.01
+	restTime  = 2 * time.Second
+	// restLimit bounds the wait; a proxy that does not come to rest is measured all the same, with a warning.
+	restLimit = 3 * time.Minute
+)
+
+// rest waits until every proxy of the rung is at rest.
+func (b *bench) rest(ctx context.Context, r *rung) error {
+	b.report.Step("waiting for the proxies to rest")
+	limit, cancel := context.WithTimeout(ctx, restLimit)
+	defer cancel()
+	g, gctx := errgroup.WithContext(limit)
+	for _, s := range r.sites {
+		if s.ProxyCgroup() != "" {
+			g.Go(func() error { return s.rest(gctx) })
+		}
+	}
+	err := g.Wait()
+	if err != nil && ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded) {
+		b.report.Warn(fmt.Sprintf("%d Services: a proxy was not at rest after %s: %v", r.services, restLimit, err))
+		return nil
+	}
+	return err
+}
+
+func (s *site) rest(ctx context.Context) error {
+	window := time.NewTicker(restTime)
+	defer window.Stop()
+	last, err := meters.Usage(s.ProxyCgroup())
+	if err != nil {
+		return err
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%s does not rest: %w", s.name, context.Cause(ctx))
+		case <-window.C:
+		}
+		now, err := meters.Usage(s.ProxyCgroup())
+		if err != nil {
+			return err
+		}
+		idle := float64(now-last) < restShare*float64(restTime)
+		last = now
+		if !idle {
+			continue
+		}
+		if done, err := dataplane.NothingQueued(ctx, s.Site); err != nil {
+			return err
+		} else if done {
+			return nil
+		}
+	}
+}
+
+// readChains reads the order of Services from the kernel of every site that has one.
+func (b *bench) readChains(ctx context.Context, r *rung) error {
+	for _, s := range r.sites {
+		chain, err := b.readChain(ctx, s)
+		if err != nil {
+			return err
+		}
+		s.chain = chain
+	}
+	return nil
+}
+
+// readChain is the site's chain as numbers in the fleet.
+func (b *bench) readChain(ctx context.Context, s *site) ([]int, error) {
+	chain, err := s.mode.Chain(ctx, s.Site)
+	if err != nil {
+		return nil, err
+	}
+	var numbers []int
+	for _, a := range chain {
+		// The API server's own Service is no part of the fleet.
+		if n, ok := b.numbers[a]; ok {
+			numbers = append(numbers, n)
+		}
+	}
+	return numbers, nil
+}
+
+// reason is an error's text without the sentinel that it wraps.
+func reason(err error) string {
+	text := err.Error()
+	suffix := ": " + clusters.ErrNotSupported.Error()
+	if n := len(text) - len(suffix); n > 0 && text[n:] == suffix {
+		return text[:n]
+	}
+	return text
+}

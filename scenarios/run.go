@@ -1,0 +1,322 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package scenarios
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"path/filepath"
+	"time"
+
+	"k8s.io/client-go/kubernetes"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/dataplane"
+	"github.com/plimsoll-bench/plimsoll/results"
+	"github.com/plimsoll-bench/plimsoll/scenarios/fleet"
+)
+
+// A Plan is what a run sets out to do. Flags of the command line bind onto its fields.
+type Plan struct {
+	// Run names the run and all that it makes on the host.
+	Run       string
+	Scenarios []string
+	Modes     []string
+	// Services is the ladder: the numbers of Services to visit, ascending.
+	Services  []int
+	Endpoints int
+	Rounds    int
+	// Again is how many rounds the smallest rung gets when it is visited again at the end.
+	Again int
+	Seed  uint64
+	// Connects is how many connects a visit times for each target in a closed loop, after Warmup unrecorded ones.
+	Connects, Warmup int
+	// Rate is the pace, in connects a second, at which CPU is measured, the same for all modes; PacedConnects how many.
+	Rate          float64
+	PacedConnects int
+	// ProgrammingLimit is how long a mode may take to carry a rung's Services.
+	ProgrammingLimit time.Duration
+	// Twin is the mode that gets a second node, for the A/A comparison that the noise floor comes from.
+	Twin     string
+	Settings dataplane.Settings
+	// Bin holds kube-apiserver, kube-proxy and etcd; Program is the plimsoll binary for pods and agents, empty for this one.
+	Bin, Program string
+	// Out is the run's folder.
+	Out string
+}
+
+// TwinSuffix is added to a mode's name for its second node.
+const TwinSuffix = "-twin"
+
+// A Reporter is told how a run goes. Calls come from one goroutine at a time.
+type Reporter interface {
+	// Step says what is being done now.
+	Step(what string)
+	// Progress says how far the run is: visits done of total, and what is visited.
+	Progress(done, total int, what string)
+	// Warn says what makes results doubtful.
+	Warn(what string)
+}
+
+// site is one node of the run with its load and what is known of its chain.
+type site struct {
+	clusters.Site
+	mode dataplane.Mode
+	// name is the mode's, or its twin's.
+	name string
+	load *siteLoad
+	// base is the number of Service ports that the site carries without the fleet.
+	base int
+	// chain is the fleet's Services in the order in which the kernel tries them, as numbers in the fleet; nil without a chain.
+	chain []int
+	// lost says why the site is out of the run: it was not programmed in time on an earlier rung.
+	lost string
+}
+
+// rung is one value of N.
+type rung struct {
+	services int
+	rounds   int
+	again    bool
+	sites    []*site // those that carry it
+}
+
+// bench is a run at work.
+type bench struct {
+	plan      Plan
+	provider  clusters.Provider
+	scenarios []Scenario
+	modes     []dataplane.Mode
+	report    Reporter
+	writer    *results.Writer
+	samples   *samples
+	env       results.Environment
+	kernel    string
+	cluster   clusters.Cluster
+	sites     []*site
+	skipped   map[string]string // mode → reason
+	fleet     *fleet.Fleet
+	numbers   map[netip.AddrPort]int // Service address → number in the fleet
+	rand      *rand.Rand
+	done      int // visits
+	total     int // visits, when no site falls out
+	repeats   int // visits that were made again
+}
+
+// Run carries a plan out and leaves records.txt, environment.json and the raw samples in plan.Out; env gives what the caller
+// knows of the host. On an error, an interrupt among them, what was measured so far is in the folder, and nothing is left on
+// the host.
+func Run(ctx context.Context, plan Plan, provider clusters.Provider, env results.Environment, report Reporter) (err error) {
+	b := &bench{plan: plan, provider: provider, env: env, report: report, skipped: map[string]string{}, numbers: map[netip.AddrPort]int{}}
+	b.rand = rand.New(rand.NewPCG(plan.Seed, 1))
+	b.kernel = kernelVersion(env.Kernel)
+	if err := b.prepare(ctx); err != nil {
+		return err
+	}
+	if b.writer, err = results.Create(plan.Out, b.env); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.writer.Close()) }()
+	if b.samples, err = createSamples(plan.Out); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.samples.close()) }()
+
+	if err := b.open(ctx); err != nil {
+		return err
+	}
+	defer func() {
+		report.Step("removing the cluster")
+		err = errors.Join(err, b.close(context.WithoutCancel(ctx)))
+	}()
+	// A dead control plane or proxy ends the run with its own words instead of a time-out.
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() {
+		select {
+		case <-b.cluster.Failed():
+			cancel(b.cluster.Err())
+		case <-ctx.Done():
+		}
+	}()
+	if err := b.climb(ctx); err != nil {
+		if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
+			err = cause
+		}
+		return err
+	}
+	b.env.End = time.Now()
+	return b.writer.Finish(b.env)
+}
+
+// prepare resolves names and asks this host what it carries.
+func (b *bench) prepare(ctx context.Context) error {
+	for _, name := range b.plan.Scenarios {
+		s, err := Find(name)
+		if err != nil {
+			return err
+		}
+		b.scenarios = append(b.scenarios, s)
+	}
+	for _, name := range b.plan.Modes {
+		m, err := dataplane.Find(name)
+		if err != nil {
+			return err
+		}
+		b.modes = append(b.modes, m)
+		described := results.Mode{Name: m.Name(), Doc: m.Doc(), Floor: m.Floor()}
+		b.env.Modes = append(b.env.Modes, described)
+		if err := m.Supported(ctx); errors.Is(err, clusters.ErrNotSupported) {
+			b.skipped[m.Name()] = reason(err)
+			continue
+		} else if err != nil {
+			return fmt.Errorf("mode %s: %w", m.Name(), err)
+		}
+		b.sites = append(b.sites, &site{mode: m, name: m.Name()})
+		if m.Name() == b.plan.Twin {
+			described.Name += TwinSuffix
+			described.Doc, described.Twin = m.Name()+" on a second node; the difference between the two is noise", m.Name()
+			b.env.Modes = append(b.env.Modes, described)
+			b.sites = append(b.sites, &site{mode: m, name: described.Name})
+		}
+	}
+	if len(b.sites) == 0 {
+		return fmt.Errorf("no mode of %v runs here: %v", b.plan.Modes, b.skipped)
+	}
+	b.env.Plan = results.Plan{Scenarios: b.plan.Scenarios, Services: b.plan.Services, Endpoints: b.plan.Endpoints, Rounds: b.plan.Rounds, Rate: b.plan.Rate}
+	return nil
+}
+
+// open creates the cluster, starts clients and servers, and makes an empty fleet.
+func (b *bench) open(ctx context.Context) error {
+	specs := make([]clusters.ProxySpec, len(b.sites))
+	for i, s := range b.sites {
+		specs[i] = s.mode.Spec(b.plan.Settings)
+		specs[i].Name = s.name
+	}
+	var err error
+	b.cluster, err = b.provider.Create(ctx, clusters.Plan{
+		Name: b.plan.Run, Dir: filepath.Join(b.plan.Out, "logs"), Bin: b.plan.Bin, Program: b.plan.Program, Sites: specs, Progress: b.report.Step,
+	})
+	if err != nil {
+		return fmt.Errorf("provider %s: %w", b.provider.Name(), err)
+	}
+	if err := b.populate(ctx); err != nil {
+		return errors.Join(err, b.close(context.WithoutCancel(ctx)))
+	}
+	return nil
+}
+
+func (b *bench) populate(ctx context.Context) error {
+	b.report.Step("starting clients and servers")
+	for i, s := range b.cluster.Sites() {
+		b.sites[i].Site = s
+		var err error
+		if b.sites[i].load, err = startLoad(ctx, s); err != nil {
+			return fmt.Errorf("load on %s: %w", b.sites[i].name, err)
+		}
+	}
+	client, err := kubernetes.NewForConfig(b.cluster.RESTConfig())
+	if err != nil {
+		return err
+	}
+	b.fleet, err = fleet.New(ctx, client, b.cluster.Etcd(), "/registry", fleet.Plan{
+		Namespace: "plimsoll", Endpoints: b.plan.Endpoints, Port: servicePort, TargetPort: backendPort,
+		EndpointPrefixes: b.cluster.EndpointPrefixes(), ServiceCIDR: b.cluster.ServiceCIDR(), Seed: b.plan.Seed,
+	})
+	if err != nil {
+		return err
+	}
+	for _, s := range b.sites {
+		// The API server's own Service is there before the fleet.
+		if s.base, _, err = s.mode.Programmed(ctx, s.Site); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// close ends the load and the cluster.
+func (b *bench) close(ctx context.Context) error {
+	var errs []error
+	for _, s := range b.sites {
+		if s.load != nil {
+			// A site that is frozen cannot end in good order.
+			errs = append(errs, s.Freeze(ctx, false), s.load.close(ctx))
+		}
+	}
+	if b.fleet != nil {
+		b.fleet.Close()
+	}
+	return errors.Join(append(errs, b.cluster.Close(ctx))...)
+}
+
+// climb visits the rungs in ascending order, and the smallest once more at the end.
+func (b *bench) climb(ctx context.Context) error {
+	rungs := make([]*rung, 0, len(b.plan.Services)+1)
+	for _, n := range b.plan.Services {
+		rungs = append(rungs, &rung{services: n, rounds: b.plan.Rounds})
+	}
+	if len(rungs) > 1 && b.plan.Again > 0 {
+		rungs = append(rungs, &rung{services: b.plan.Services[0], rounds: b.plan.Again, again: true})
+	}
+	for _, r := range rungs {
+		b.total += r.rounds * len(b.sites)
+	}
+	for _, r := range rungs {
+		if err := b.visitRung(ctx, r); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// visitRung brings every site to the rung, waits until all is at rest, and goes the rounds.
+func (b *bench) visitRung(ctx context.Context, r *rung) error {
+	if err := b.program(ctx, r); err != nil {
+		return fmt.Errorf("%d Services: %w", r.services, err)
+	}
+	if err := b.rest(ctx, r); err != nil {
+		return err
+	}
+	if err := b.readChains(ctx, r); err != nil {
+		return err
+	}
+	if err := b.freezeAll(ctx, true); err != nil {
+		return err
+	}
+	for round := range r.rounds {
+		order := b.rand.Perm(len(r.sites))
+		for _, i := range order {
+			s := r.sites[i]
+			b.report.Progress(b.done, b.total, fmt.Sprintf("%d Services, round %d of %d: %s", r.services, round+1, r.rounds, s.name))
+			if err := b.visit(ctx, r, s, round); err != nil {
+				return fmt.Errorf("%s, %d Services, round %d: %w", s.name, r.services, round, err)
+			}
+			b.done++
+		}
+		b.done += len(b.sites) - len(r.sites)
+	}
+	return b.freezeAll(ctx, false)
+}
+
+// freezeAll stops or resumes all sites; those out of the run stay stopped.
+func (b *bench) freezeAll(ctx context.Context, frozen bool) error {
+	for _, s := range b.sites {
+		if err := s.Freeze(ctx, frozen || s.lost != ""); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// record fills in what all records of a rung share.
+func (b *bench) record(r *rung, scenario, mode, target string, round int) results.Record {
+	return results.Record{
+		Scenario: scenario, Provider: b.provider.Name(), Kernel: b.kernel, Mode: mode, Target: target,
+		Services: r.services, Endpoints: b.plan.Endpoints, Round: round, Again: r.again,
+	}
+}

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package scenarios is what is measured: one file a scenario, and the run that visits every mode at every rung, round by
+// round.
+package scenarios
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"strings"
+
+	"github.com/plimsoll-bench/plimsoll/scenarios/fleet"
+)
+
+// A Scenario says which addresses a client connects to. How connects are made and recorded is the same for all.
+type Scenario interface {
+	// Name is the word on the command line.
+	Name() string
+	// Doc is one line for `plimsoll list`.
+	Doc() string
+	// Targets are the groups of addresses that are measured apart.
+	Targets() []string
+	// Services picks the Services that stand for target on a site, as numbers in the fleet. count is the number of connects
+	// to come.
+	Services(r *rung, site *site, target string, rng *rand.Rand, count int) []int
+	// ThroughService is true when clients connect to a Service's address, false when to its endpoints' own. On a floor's
+	// node, which carries no Services, it is always the endpoints' own.
+	ThroughService() bool
+}
+
+// Scenarios are all scenarios.
+var Scenarios = []Scenario{
+	connect{},
+	tax{},
+}
+
+// Find is the scenario of that name. The error lists the names that there are.
+func Find(name string) (Scenario, error) {
+	names := make([]string, len(Scenarios))
+	for i, s := range Scenarios {
+		if s.Name() == name {
+			return s, nil
+		}
+		names[i] = s.Name()
+	}
+	return nil, fmt.Errorf("scenario %q is not one of %s", name, strings.Join(names, ", "))
+}
+
+// Metric documents one figure that records carry.
+type Metric struct{ Name, Doc string }
+
+// Metrics are the figures of this package's records, for `plimsoll list`.
+var Metrics = []Metric{
+	{"p50-ns", "service time: one raw blocking connect(2) from call to return, median of a visit (p90, p99, max, mean alike)"},
+	{"cpu-ns/op", "CPU per connect at the stated rate: client, server, kernel threads and softirq together"},
+	{"machine-cpu-ns/op", "the same from outside: the machine's wall clock × CPUs − idle; a cross-check that holds all else too"},
+	{"proxy-cpu-ns/op", "CPU of the proxy's processes alone in the same time"},
+	{"programming-ns", "from the first write of a rung's Services until the newest answers and the rules or maps count N"},
+	{"proxy-programming-cpu-ns", "CPU that the proxy's processes used for that"},
+	{"proxy-rss-bytes", "resident memory of the proxy's processes once the rung is programmed"},
+}
+
+// addresses are what a client connects to for the given Services.
+func addresses(f *fleet.Fleet, services []int, throughService bool) []netip.AddrPort {
+	var list []netip.AddrPort
+	for _, i := range services {
+		s := f.Service(i)
+		if throughService {
+			list = append(list, s.Address)
+		} else {
+			list = append(list, s.Backends...)
+		}
+	}
+	return list
+}
