@@ -74,7 +74,7 @@ var (
 	greys       = []string{"#6E6E6E", "#9A9A9A", "#BBBBBB"}
 )
 
-// styles chooses how each mode is drawn: as it wishes, floors thin and grey, the rest from the palette in their order.
+// styles chooses how each mode is drawn: as it wishes, floors thin, grey and without markers, the rest from the palette in their order.
 func (t *table) styles() map[string]lineStyle {
 	out := map[string]lineStyle{}
 	floors, others := 0, 0
@@ -83,10 +83,10 @@ func (t *table) styles() map[string]lineStyle {
 			continue
 		}
 		s := m.Style
-		l := lineStyle{width: 1.8}
+		l := lineStyle{width: 2.2}
 		n := others
-		if m.Floor == "" && t.isFloor(m.Name) {
-			l.floor, l.width, n = true, 1.1, floors
+		if t.isFloor(m) {
+			l.floor, l.width, n = true, 0.9, floors
 			s.Color = or(s.Color, greys[n%len(greys)])
 			floors++
 		} else {

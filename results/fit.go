@@ -72,7 +72,7 @@ func fit(rungs []rung, noise aaNoise, rng *rand.Rand) fitResult {
 	out := fitResult{slope: lineFit.slope, low: slopes[0], high: slopes[1], rise: lineFit.slope * line.span}
 	out.bound = max(math.Abs(slopes[0]*line.span), math.Abs(slopes[1]*line.span), math.Abs(rises[0]), math.Abs(rises[1]))
 	if !noise.known {
-		out.model, out.note = Undecided, "no A/A pair in the run: the noise floor is not known"
+		out.model, out.note = Undecided, "no A/A pair measured this: the noise floor is not known"
 		return out
 	}
 	if out.bound < noise.floor {

@@ -103,14 +103,6 @@ func percent(x float64) string {
 	return formatValue(100*x) + " %"
 }
 
-// listed prints a, b and c.
-func listed(items []string) string {
-	if len(items) < 2 {
-		return strings.Join(items, "")
-	}
-	return strings.Join(items[:len(items)-1], ", ") + " and " + items[len(items)-1]
-}
-
 // cell keeps text from breaking a Markdown table.
 func cell(s string) string {
 	return strings.NewReplacer("|", "\\|", "\r\n", " ", "\n", " ", "<", "&lt;").Replace(s)

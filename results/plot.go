@@ -137,7 +137,7 @@ func (f *figure) drawPanel(c draw.Canvas, p panel, a axes, size vg.Length, small
 	margin := vg.Length(0)
 	for _, l := range p.lines {
 		if !l.endsEarly {
-			margin = max(margin, labels.Width(l.mode))
+			margin = max(margin, labels.Width(f.lineLabel(l, small)))
 		}
 	}
 	inner := draw.Crop(c, 0, -margin-20, 0, 0)
@@ -154,7 +154,7 @@ func (f *figure) drawPanel(c draw.Canvas, p panel, a axes, size vg.Length, small
 		}
 	}
 	pl.Draw(inner)
-	f.label(c, pl.DataCanvas(inner), pl, p, labels)
+	f.label(c, pl.DataCanvas(inner), pl, p, labels, small)
 }
 
 // rungTicks labels the rungs. Of labels that would overlap, the later one goes, except the last.
@@ -251,12 +251,10 @@ func (l curve) Plot(c draw.Canvas, p *plot.Plot) {
 		c.FillPolygon(band, append(upper, lower...))
 	}
 	c.StrokeLines(draw.LineStyle{Color: l.style.color, Width: l.style.width, Dashes: l.style.dash}, line)
-	radius := vg.Length(3)
-	if l.style.floor {
-		radius = 1.8
-	}
 	for _, pt := range line {
-		c.DrawGlyphNoClip(draw.GlyphStyle{Color: l.style.color, Radius: radius, Shape: l.style.marker}, pt)
+		if !l.style.floor {
+			c.DrawGlyphNoClip(draw.GlyphStyle{Color: l.style.color, Radius: 3, Shape: l.style.marker}, pt)
+		}
 	}
 	if l.endsEarly {
 		c.DrawGlyphNoClip(draw.GlyphStyle{Color: ink, Radius: 6, Shape: draw.CrossGlyph{}}, line[len(line)-1])
@@ -264,13 +262,12 @@ func (l curve) Plot(c draw.Canvas, p *plot.Plot) {
 }
 
 // label names each line at its end, right of the data. Names that would overlap are moved apart, with a leader to their line.
-func (f *figure) label(c, data draw.Canvas, pl *plot.Plot, p panel, style text.Style) {
+func (f *figure) label(c, data draw.Canvas, pl *plot.Plot, p panel, style text.Style, small bool) {
 	x, y := pl.Transforms(&data)
 	type placed struct {
 		trace
-		end  vg.Point
-		text string
-		y    vg.Length
+		end vg.Point
+		y   vg.Length
 	}
 	var all []placed
 	for _, l := range p.lines {
@@ -279,7 +276,7 @@ func (f *figure) label(c, data draw.Canvas, pl *plot.Plot, p panel, style text.S
 		if l.endsEarly {
 			s := style
 			s.Color, s.XAlign = darker(l.style.color), draw.XRight
-			name := l.mode + " stops"
+			name := f.lineLabel(l, small)
 			at, w := vg.Point{X: end.X - 7, Y: end.Y + 4}, s.Width(name)
 			// Paper behind the name: another line may pass here.
 			paper := color.NRGBA{R: 255, G: 255, B: 255, A: 210}
@@ -287,7 +284,7 @@ func (f *figure) label(c, data draw.Canvas, pl *plot.Plot, p panel, style text.S
 			c.FillText(s, at, name)
 			continue
 		}
-		all = append(all, placed{trace: l, end: end, text: l.mode, y: end.Y})
+		all = append(all, placed{trace: l, end: end, y: end.Y})
 	}
 	slices.SortStableFunc(all, func(a, b placed) int {
 		switch {
@@ -313,8 +310,20 @@ func (f *figure) label(c, data draw.Canvas, pl *plot.Plot, p panel, style text.S
 		s := style
 		s.Color = darker(l.style.color)
 		s.YAlign = draw.YCenter
-		c.FillText(s, vg.Point{X: left, Y: mid}, l.text)
+		c.FillText(s, vg.Point{X: left, Y: mid}, f.lineLabel(l.trace, small))
 	}
+}
+
+// lineLabel names a line, in a large picture with the value that it ends at: lines that lie on each other can still be read.
+func (f *figure) lineLabel(l trace, small bool) string {
+	name := l.mode
+	if !small {
+		name += "  " + formatValue(l.points[len(l.points)-1].y/f.divisor)
+	}
+	if l.endsEarly {
+		name += ", stops"
+	}
+	return name
 }
 
 // darker is the colour for text, which needs more contrast than a line.

@@ -254,11 +254,12 @@ func TestReportHidesNothing(t *testing.T) {
 	run := s.run()
 	run.Environment.End = time.Time{}
 	run.Warnings = []string{"records.txt ends within a line"}
+	run.Records = append(run.Records, run.Records[0])
 	dir := mustRender(t, run)
 	report := mustFile(t, dir, ReportFile)
 	for _, want := range []string{
 		"This run did not finish", "records.txt ends within a line", "skipped: not programmed in 5m0s", "skipped: this kernel has no ip_vs",
-		"other processes used 7 % of the CPU", "6 errors in", "**Warning:** connect, direct, tail p50", "plimsoll run connect tax programming --out 'a folder'",
+		"other processes used 7 % of the CPU", "6 errors in", "3 values stand twice", "**Warning:** connect, direct, tail p50", "plimsoll run connect tax programming --out 'a folder'",
 		"Every new connection on an iptables node pays",
 	} {
 		if !strings.Contains(report, want) {
@@ -345,6 +346,31 @@ func TestFloorOfOneTarget(t *testing.T) {
 		}
 	}
 	t.Error("no verdict for the tail")
+}
+
+func TestMissingFloor(t *testing.T) {
+	run := keep(small(1), func(r Record, v Value) bool {
+		return v.Metric == "p50" && slices.Contains([]string{"direct", "direct-twin", "iptables", "ebpf"}, r.Mode)
+	})
+	run.Environment.Modes = slices.DeleteFunc(slices.Clone(run.Environment.Modes), func(m Mode) bool { return m.Name == "direct-conntrack" })
+	for _, v := range run.Verdicts() {
+		if v.Mode == "iptables" && v.Target == "tail" && (v.FloorMode != "direct" || v.Model != Linear || !strings.Contains(v.Note, "direct-conntrack was not measured")) {
+			t.Errorf("%+v", v)
+		}
+	}
+}
+
+func TestThreeRungsSayWhatTheySee(t *testing.T) {
+	run := synthetic{seed: 1, ladder: []int{100, 1000, 5000}, rounds: 6, rho: 0.003, sigma: 0.007}.run()
+	report := mustFile(t, mustRender(t, run), ReportFile)
+	for _, want := range []string{
+		"On iptables, a connection to the last Service of the chain (tail) grows, by ",
+		"On ebpf, no growth of a connection to the last Service of the chain (tail) is seen: ",
+	} {
+		if !strings.Contains(report, want) {
+			t.Errorf("the report does not say %q", want)
+		}
+	}
 }
 
 func TestCompare(t *testing.T) {

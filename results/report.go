@@ -52,6 +52,9 @@ func (a *analysis) head(b *strings.Builder) {
 	if e.End.IsZero() {
 		b.WriteString("**This run did not finish.** What follows is what it had measured when it ended.\n\n")
 	}
+	if a.repeated > 0 {
+		fmt.Fprintf(b, "**Warning:** %s stand twice in the records, as when a visit was repeated; the later one counts.\n\n", plural(a.repeated, "value"))
+	}
 	for _, w := range a.run.Warnings {
 		fmt.Fprintf(b, "**Warning:** %s\n\n", cell(w))
 	}

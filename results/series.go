@@ -81,8 +81,10 @@ type table struct {
 	modes  []Mode
 	series map[key]map[string]*series
 
-	skips  []skip // one a visit and rung, in the order of the report
-	errors map[visit]map[int][2]int64
+	skips  []skip                     // one a visit and rung, in the order of the report
+	errors map[visit]map[int][2]int64 // services → failed, all
+
+	repeated int // values that a later record replaced
 }
 
 // newTable sorts the records in. Where a visit was repeated, the later record stands.
@@ -139,11 +141,17 @@ func (t *table) add(k key, rec Record, value float64) {
 		t.series[k][rec.Mode] = s
 	}
 	if rec.Again {
+		if _, ok := s.again[rec.Round]; ok {
+			t.repeated++
+		}
 		s.again[rec.Round] = value
 		return
 	}
 	if s.visits[rec.Services] == nil {
 		s.visits[rec.Services] = map[int]float64{}
+	}
+	if _, ok := s.visits[rec.Services][rec.Round]; ok {
+		t.repeated++
 	}
 	s.visits[rec.Services][rec.Round] = value
 }
@@ -186,15 +194,30 @@ func (t *table) position(mode string) int {
 func (t *table) floors() []Mode {
 	var out []Mode
 	for _, m := range t.modes {
-		if m.Floor == "" && m.Twin == "" && t.isFloor(m.Name) {
+		if t.isFloor(m) {
 			out = append(out, m)
 		}
 	}
 	return out
 }
 
-func (t *table) isFloor(mode string) bool {
-	return slices.ContainsFunc(t.modes, func(m Mode) bool { return m.Floor == mode })
+// isFloor reports whether the environment describes m and names no floor for it. A mode that
+// it does not describe, as in a folder put together by hand, is held against nothing.
+func (t *table) isFloor(m Mode) bool {
+	return m.Floor == "" && m.Twin == "" && slices.ContainsFunc(t.env.Modes, func(e Mode) bool { return e.Name == m.Name })
+}
+
+// base returns what is subtracted from m at k: its floor, or the first other floor where that was not measured. It is nil if there is none.
+func (t *table) base(k key, m Mode) (name string, s *series) {
+	if s := t.floorSeries(k, m.Floor); s != nil {
+		return m.Floor, s
+	}
+	for _, f := range t.floors() {
+		if s := t.floorSeries(k, f.Name); s != nil {
+			return f.Name, s
+		}
+	}
+	return "", nil
 }
 
 // floorSeries returns what mode measured for k. A floor that was measured for one target only

@@ -148,17 +148,22 @@ func (t *table) verdict(k key, m Mode) (v Verdict, ok bool) {
 	var notes []string
 	rungs, base := raw(s), (*series)(nil)
 	switch {
-	case m.Floor == "" && t.isFloor(m.Name):
+	case t.isFloor(m):
 		notes = append(notes, "floor: its own value, drift between rungs included")
 	case m.Floor == "":
 		notes = append(notes, "its own value: it has no floor mode")
 	default:
-		if base = t.floorSeries(k, m.Floor); base == nil {
-			notes = append(notes, "its own value: "+m.Floor+" has none")
-		} else {
-			v.FloorMode = m.Floor
-			rungs = difference(s, base)
+		v.FloorMode, base = t.base(k, m)
+		switch v.FloorMode {
+		case "":
+			notes = append(notes, "its own value: no floor mode has one")
+		case m.Floor:
 			notes = append(notes, "minus "+m.Floor)
+		default:
+			notes = append(notes, fmt.Sprintf("minus %s: %s was not measured", v.FloorMode, m.Floor))
+		}
+		if base != nil {
+			rungs = difference(s, base)
 		}
 	}
 	pair, elsewhere, havePair := t.pairFor(k, m)

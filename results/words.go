@@ -122,6 +122,9 @@ func sentence(v Verdict) string {
 	case v.Model == Constant:
 		return fmt.Sprintf("On %s, no growth of %s is found: %s. More than %s over the ladder is excluded with 95 %% confidence; the noise floor is %s.",
 			v.Mode, what, from, quantity(v.Bound, v.Unit), quantity(v.Floor, v.Unit))
+	case v.Low <= 0 && v.High >= 0 && v.Bound > v.Floor:
+		return fmt.Sprintf("On %s, no growth of %s is seen: %s. But up to %s over the ladder is not excluded, which is more than the noise floor of %s: there is no verdict.",
+			v.Mode, what, from, quantity(v.Bound, v.Unit), quantity(v.Floor, v.Unit))
 	case v.Low > 0 && (v.FloorMode == "" || v.Low*float64(v.Largest-v.Smallest) > v.Floor):
 		return fmt.Sprintf("On %s, %s grows, by %s per Service on average (%s); no growth law is named.", v.Mode, what, slope, from)
 	}
