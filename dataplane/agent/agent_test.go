@@ -4,11 +4,13 @@ package agent_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
 	"net"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -21,6 +23,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/util/intstr"
 	"k8s.io/client-go/kubernetes/fake"
+	k8stesting "k8s.io/client-go/testing"
 
 	"github.com/plimsoll-bench/plimsoll/dataplane/agent"
 	"github.com/plimsoll-bench/plimsoll/dataplane/lb"
@@ -51,6 +54,14 @@ type rig struct {
 // startRig runs an agent over objects until the test ends.
 func startRig(t *testing.T, options lb.Options, objects ...runtime.Object) *rig {
 	t.Helper()
+	r := newRig(t, objects...)
+	r.start(options)
+	return r
+}
+
+// newRig is one without an agent yet.
+func newRig(t *testing.T, objects ...runtime.Object) *rig {
+	t.Helper()
 	pod := lbtest.StartPod(t)
 	for _, address := range []string{one, two} {
 		for _, port := range []string{"8080", "9090"} {
@@ -59,27 +70,37 @@ func startRig(t *testing.T, options lb.Options, objects ...runtime.Object) *rig 
 			}
 		}
 	}
-	if b, err := lb.Load(options); err != nil {
-		t.Skipf("skipped: %v", err)
-	} else if err := b.Close(); err != nil {
-		t.Fatal(err)
+	client := fake.NewClientset(append(objects, node(thisNode))...)
+	return &rig{T: t, pod: pod, client: client, health: freeAddress(t), metric: freeAddress(t)}
+}
+
+// start runs the agent. It skips the test where the kernel cannot.
+func (r *rig) start(options lb.Options) {
+	r.Helper()
+	probe, err := lb.Load(lb.Options{})
+	if errors.Is(err, lb.ErrNotSupported) {
+		r.Skipf("skipped: %v", err)
 	}
-	r := &rig{T: t, pod: pod, client: fake.NewClientset(append(objects, node(thisNode))...), health: freeAddress(t), metric: freeAddress(t)}
-	ctx, cancel := context.WithCancel(t.Context())
+	if err != nil {
+		r.Fatal(err)
+	}
+	if err := probe.Close(); err != nil {
+		r.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(r.Context())
 	done := make(chan error, 1)
 	go func() {
 		done <- agent.Run(ctx, agent.Config{
-			Client: r.client, NodeName: thisNode, Cgroup: pod.Cgroup, LB: options,
+			Client: r.client, NodeName: thisNode, Cgroup: r.pod.Cgroup, LB: options,
 			HealthzBindAddress: r.health, MetricsBindAddress: r.metric,
 		})
 	}()
-	t.Cleanup(func() {
+	r.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {
-			t.Errorf("agent: %v", err)
+			r.Errorf("agent: %v", err)
 		}
 	})
-	return r
 }
 
 func freeAddress(t *testing.T) string {
@@ -378,6 +399,44 @@ func TestStatus(t *testing.T) {
 			t.Errorf("livez: want 200, got %d: %s", code, text)
 		}
 	})
+}
+
+// A new agent carries on with what a former one pinned, and withdraws nothing of it before it has seen the cluster.
+func TestRestart(t *testing.T) {
+	options := lb.Options{PinDir: lbtest.MountBPF(t)}
+	r := newRig(t, service(nil, port("http", v1.ProtocolTCP, 80)), slice("web-1", "http", v1.ProtocolTCP, endpoint(two, thisNode)))
+	former, err := lb.Load(options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	backend := []netip.AddrPort{netip.MustParseAddrPort(one + ":8080")}
+	const stale = "10.96.0.99:80"
+	err = former.Sync([]lb.Change{
+		{Frontend: lb.Frontend{Address: netip.MustParseAddrPort(http80), Protocol: lb.TCP}, Backends: backend},
+		{Frontend: lb.Frontend{Address: netip.MustParseAddrPort(stale), Protocol: lb.TCP}, Backends: backend},
+	})
+	if err := errors.Join(err, former.Close()); err != nil {
+		t.Fatal(err)
+	}
+
+	listing, answer := make(chan struct{}, 1), make(chan struct{})
+	r.client.PrependReactor("list", "endpointslices", func(k8stesting.Action) (bool, runtime.Object, error) {
+		select {
+		case listing <- struct{}{}:
+		default:
+		}
+		<-answer
+		return false, nil, nil
+	})
+	r.start(options)
+	<-listing
+	r.eventually(func() bool { code, _ := r.get(r.metric, "/metrics"); return code == 200 }, func() string { return "no metrics" })
+	r.wants("tcp", http80, one+":8080")
+	r.wants("tcp", stale, one+":8080")
+
+	close(answer)
+	r.wants("tcp", http80, two+":8080")
+	r.wantsError("tcp", stale, unix.ENETUNREACH)
 }
 
 func TestRunRefuses(t *testing.T) {

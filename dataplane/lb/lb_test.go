@@ -8,7 +8,6 @@ import (
 	"maps"
 	"net/netip"
 	"os"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -278,7 +277,7 @@ func TestPins(t *testing.T) {
 	pod := lbtest.StartPod(t)
 	pod.Listen(t, "tcp", "127.0.0.1:8080")
 	pod.Listen(t, "tcp", "127.0.0.2:8080")
-	options := lb.Options{PinDir: mustMountBPF(t)}
+	options := lb.Options{PinDir: lbtest.MountBPF(t)}
 	load := func() *lb.Balancer {
 		b, err := lb.Load(options)
 		if err != nil {
@@ -321,26 +320,4 @@ func TestPins(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantErrors(t, pod.Connect(t, "tcp", vip, 1), 1, unix.ENETUNREACH)
-}
-
-// mustMountBPF mounts a bpffs that only this test's thread sees. The thread ends with the test.
-func mustMountBPF(t *testing.T) string {
-	t.Helper()
-	runtime.LockOSThread()
-	if err := unix.Unshare(unix.CLONE_NEWNS | unix.CLONE_FS); err != nil {
-		t.Skipf("skipped: mount namespace: %v", err)
-	}
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		t.Fatalf("make mounts private: %v", err)
-	}
-	folder := t.TempDir()
-	if err := unix.Mount("bpf", folder, "bpf", 0, ""); err != nil {
-		t.Skipf("skipped: bpffs: %v", err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(folder, unix.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
-	return folder
 }

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -122,6 +123,32 @@ func Cgroup2Mount() (string, error) {
 		}
 	}
 	return "", errors.New("no cgroup2 is mounted")
+}
+
+// MountBPF mounts a bpffs in a mount namespace of its own that ends with the test, whose goroutine it binds to a thread.
+// The path that it returns leads there from every thread of this process.
+func MountBPF(tb testing.TB) string {
+	tb.Helper()
+	if os.Geteuid() != 0 {
+		tb.Skip("skipped: needs root")
+	}
+	folder := tb.TempDir()
+	runtime.LockOSThread() // never unlocked: a thread with a namespace of its own ends with its goroutine
+	if err := unix.Unshare(unix.CLONE_NEWNS | unix.CLONE_FS); err != nil {
+		tb.Skipf("skipped: mount namespace: %v", err)
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		tb.Fatalf("make mounts private: %v", err)
+	}
+	if err := unix.Mount("bpf", folder, "bpf", 0, ""); err != nil {
+		tb.Skipf("skipped: bpffs: %v", err)
+	}
+	tb.Cleanup(func() {
+		if err := unix.Unmount(folder, unix.MNT_DETACH); err != nil {
+			tb.Error(err)
+		}
+	})
+	return fmt.Sprintf("/proc/self/task/%d/root%s", unix.Gettid(), folder)
 }
 
 // Outcome counts what came of connects: by what the server answered, and errors by their text.
