@@ -77,14 +77,7 @@ func newRig(t *testing.T, objects ...runtime.Object) *rig {
 // start runs the agent. It skips the test where the kernel cannot.
 func (r *rig) start(options lb.Options) {
 	r.Helper()
-	probe, err := lb.Load(lb.Options{})
-	if errors.Is(err, lb.ErrNotSupported) {
-		r.Skipf("skipped: %v", err)
-	}
-	if err != nil {
-		r.Fatal(err)
-	}
-	if err := probe.Close(); err != nil {
+	if err := mustLoad(r.T, lb.Options{}).Close(); err != nil {
 		r.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(r.Context())
@@ -101,6 +94,18 @@ func (r *rig) start(options lb.Options) {
 			r.Errorf("agent: %v", err)
 		}
 	})
+}
+
+func mustLoad(t *testing.T, options lb.Options) *lb.Balancer {
+	t.Helper()
+	b, err := lb.Load(options)
+	if errors.Is(err, lb.ErrNotSupported) {
+		t.Skipf("skipped: %v", err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
 }
 
 func freeAddress(t *testing.T) string {
@@ -405,13 +410,10 @@ func TestStatus(t *testing.T) {
 func TestRestart(t *testing.T) {
 	options := lb.Options{PinDir: lbtest.MountBPF(t)}
 	r := newRig(t, service(nil, port("http", v1.ProtocolTCP, 80)), slice("web-1", "http", v1.ProtocolTCP, endpoint(two, thisNode)))
-	former, err := lb.Load(options)
-	if err != nil {
-		t.Fatal(err)
-	}
+	former := mustLoad(t, options)
 	backend := []netip.AddrPort{netip.MustParseAddrPort(one + ":8080")}
 	const stale = "10.96.0.99:80"
-	err = former.Sync([]lb.Change{
+	err := former.Sync([]lb.Change{
 		{Frontend: lb.Frontend{Address: netip.MustParseAddrPort(http80), Protocol: lb.TCP}, Backends: backend},
 		{Frontend: lb.Frontend{Address: netip.MustParseAddrPort(stale), Protocol: lb.TCP}, Backends: backend},
 	})
