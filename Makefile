@@ -51,7 +51,7 @@ test: go-version root bin/plimsoll packages $(BINARIES) ## set up, then run ever
 .PHONY: race
 race: go-version root bin/plimsoll ## run the tests of packages that need no kernel under the race detector
 	$(INSTALL) --with check
-	CGO_ENABLED=1 $(GO) test -race -short -timeout 15m ./results/... ./scenarios/...
+	CGO_ENABLED=1 $(GO) test -race -short -timeout 15m ./results/... ./scenarios ./scenarios/load ./scenarios/meters ./dataplane/agent
 
 .PHONY: build
 build: go-version bin/plimsoll $(BINARIES) ## build plimsoll and, once, the Kubernetes under test into bin/
@@ -59,7 +59,7 @@ build: go-version bin/plimsoll $(BINARIES) ## build plimsoll and, once, the Kube
 .PHONY: check
 check: go-version root bin/plimsoll ## gofmt, vet, staticcheck, actionlint, shellcheck, and that regenerating changes nothing
 	$(INSTALL) --with generate,check
-	@unformatted=$$("$$($(GO) env GOROOT)/bin/gofmt" -l $$($(GIT) ls-files --cached --others --exclude-standard '*.go')); \
+	@unformatted=$$("$$($(GO) env GOROOT)/bin/gofmt" -l .); \
 	[ -z "$$unformatted" ] || { echo "gofmt -w is wanted on: $$unformatted" >&2; exit 1; }
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
