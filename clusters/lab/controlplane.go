@@ -149,8 +149,8 @@ func startControlPlane(ctx context.Context, r *run, bin string) (_ *ControlPlane
 		if _, err := client.Discovery().RESTClient().Get().AbsPath("/readyz").DoRaw(ready); err != nil {
 			return false, err
 		}
-		// Subtle: its own Service comes a little later, and must not come while something is measured.
-		_, err := client.CoreV1().Services(metav1.NamespaceDefault).Get(ready, "kubernetes", metav1.GetOptions{})
+		// Subtle: its own Service comes a little later, and last of it the slice; they must not come while something is measured.
+		_, err := client.DiscoveryV1().EndpointSlices(metav1.NamespaceDefault).Get(ready, "kubernetes", metav1.GetOptions{})
 		return err == nil, err
 	})
 	if err != nil {

@@ -52,9 +52,9 @@ func newView(client kubernetes.Interface, namespace string, k kind) *view {
 // run watches until ctx ends.
 func (v *view) run(ctx context.Context) {
 	// The reflector's own log lines go nowhere: a failed watch stands in the error of whoever awaits something.
-	quiet := klog.Logger(logr.Discard())
+	quiet := logr.Discard()
 	r := cache.NewReflectorWithOptions(v.source, v.kind.example(), v, cache.ReflectorOptions{Name: "fleet", Logger: &quiet})
-	r.RunWithContext(ctx)
+	r.RunWithContext(klog.NewContext(ctx, quiet))
 }
 
 // await returns when ready, which is called with v locked, accepts what the view shows.
@@ -192,7 +192,7 @@ func (v *view) put(obj any) {
 	}
 }
 
-// Add, Update, Delete, Replace and Resync are what a reflector calls.
+// Add, Update, Delete, Replace and Resync are what a reflector calls. They never fail.
 func (v *view) Add(obj any) error {
 	v.update(func() { v.put(obj) })
 	return nil
