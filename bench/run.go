@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"k8s.io/klog/v2"
 
 	"github.com/plimsoll-bench/plimsoll/results"
 	"github.com/plimsoll-bench/plimsoll/scenarios"
@@ -170,6 +171,9 @@ func (o *runOptions) run(ctx context.Context, stdout, stderr io.Writer) (err err
 		return err
 	}
 	defer func() { err = errors.Join(err, progress.close()) }()
+	// The Kubernetes libraries log what they try again; a person at the terminal need not see it.
+	klog.LogToStderr(false)
+	klog.SetOutput(progress.log)
 	progress.Step(fmt.Sprintf("run %s: results go to %s", o.plan.Run, o.plan.Out))
 	err = scenarios.Run(ctx, o.plan, provider, env, progress)
 	if err != nil {

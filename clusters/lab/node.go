@@ -21,6 +21,7 @@ import (
 // them. 198.18.0.0/15 is for benchmarks of network devices (RFC 2544) and routed nowhere.
 var (
 	nodeAddress    = netip.MustParseAddr("198.18.0.1")
+	routerAddress  = netip.MustParseAddr("198.18.0.2")
 	clientAddress  = netip.MustParseAddr("198.18.0.10")
 	podRange       = netip.MustParsePrefix("198.18.0.0/16")
 	serviceRange   = netip.MustParsePrefix("198.19.0.0/16")
@@ -34,8 +35,10 @@ type node struct {
 	run  *run
 	dir  string
 	// program is the plimsoll binary that runs in pods and as the agent.
-	program  string
-	ns       *clusters.NetNS
+	program string
+	ns      *clusters.NetNS
+	// outside is the far end of the node's uplink.
+	outside  *clusters.NetNS
 	cgroup   *cgroup
 	client   *pod
 	backends []*pod
@@ -67,7 +70,7 @@ func (n *node) build() error {
 	if n.ns, err = clusters.NewNetNS(); err != nil {
 		return err
 	}
-	if err := n.addNodeAddress(); err != nil {
+	if err := n.addUplink(); err != nil {
 		return err
 	}
 	// Subtle: a pod forwards to the node and the node to the pod, so only the node's namespace forwards. The setting is
@@ -88,18 +91,64 @@ func (n *node) build() error {
 	return nil
 }
 
-// addNodeAddress gives the node its address on the loopback link: it has no uplink, and kube-proxy wants an address.
-func (n *node) addNodeAddress() error {
+// addUplink gives the node its address on eth0 and a default route there. The other end lies in a namespace without an address
+// or a route, which drops what arrives: there is no way out. Without a route a Service's address would be unreachable before
+// the packet comes to the hooks where kube-proxy rejects it.
+func (n *node) addUplink() error {
+	var err error
+	if n.outside, err = clusters.NewNetNS(); err != nil {
+		return err
+	}
 	h, err := n.ns.Netlink()
 	if err != nil {
 		return err
 	}
 	defer h.Close()
-	lo, err := h.LinkByName("lo")
+	far, err := n.outside.Netlink()
 	if err != nil {
 		return err
 	}
-	return h.AddrAdd(lo, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(nodeAddress, 32))})
+	defer far.Close()
+	near, peer, err := addVeth(h, far, "eth0", "uplink", n.outside)
+	if err != nil {
+		return err
+	}
+	if err := h.AddrAdd(near, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(nodeAddress, 32))}); err != nil {
+		return fmt.Errorf("add the node's address: %w", err)
+	}
+	if err := h.NeighSet(&netlink.Neigh{LinkIndex: near.Attrs().Index, State: netlink.NUD_PERMANENT, IP: routerAddress.AsSlice(), HardwareAddr: peer.Attrs().HardwareAddr}); err != nil {
+		return fmt.Errorf("pin the router's link address: %w", err)
+	}
+	if err := h.RouteAdd(&netlink.Route{LinkIndex: near.Attrs().Index, Gw: routerAddress.AsSlice(), Flags: int(netlink.FLAG_ONLINK)}); err != nil {
+		return fmt.Errorf("add the default route: %w", err)
+	}
+	return nil
+}
+
+// addVeth makes a pair of links, near in h's namespace and far in the other one, sets both up, and returns them with their
+// link addresses.
+func addVeth(h, other *netlink.Handle, nearName, farName string, to *clusters.NetNS) (near, far netlink.Link, err error) {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = nearName
+	if err := h.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: farName, PeerNamespace: netlink.NsFd(to.Fd())}); err != nil {
+		return nil, nil, fmt.Errorf("add veth %s: %w", nearName, err)
+	}
+	if near, err = setUp(h, nearName); err != nil {
+		return nil, nil, err
+	}
+	far, err = setUp(other, farName)
+	return near, far, err
+}
+
+func setUp(h *netlink.Handle, name string) (netlink.Link, error) {
+	link, err := h.LinkByName(name)
+	if err != nil {
+		return nil, fmt.Errorf("find link %s: %w", name, err)
+	}
+	if err := h.LinkSetUp(link); err != nil {
+		return nil, fmt.Errorf("set link %s up: %w", name, err)
+	}
+	return link, nil
 }
 
 // sysctl sets a value in the node's own namespace.
@@ -154,8 +203,10 @@ func (n *node) close(ctx context.Context) error {
 			errs = append(errs, p.ns.Close())
 		}
 	}
-	if n.ns != nil {
-		errs = append(errs, n.ns.Close())
+	for _, ns := range []*clusters.NetNS{n.outside, n.ns} {
+		if ns != nil {
+			errs = append(errs, ns.Close())
+		}
 	}
 	return errors.Join(errs...)
 }

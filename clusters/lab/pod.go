@@ -57,16 +57,7 @@ func (n *node) connect(p *pod, owned netip.Prefix) error {
 	}
 	defer inside.Close()
 
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name = "veth-" + p.name
-	if err := outside.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(p.ns.Fd())}); err != nil {
-		return fmt.Errorf("add veth: %w", err)
-	}
-	host, err := outside.LinkByName(attrs.Name)
-	if err != nil {
-		return err
-	}
-	eth0, err := inside.LinkByName("eth0")
+	host, eth0, err := addVeth(outside, inside, "veth-"+p.name, "eth0", p.ns)
 	if err != nil {
 		return err
 	}
@@ -87,11 +78,9 @@ func (n *node) connect(p *pod, owned netip.Prefix) error {
 		}
 	}
 	steps := []func() error{
-		func() error { return outside.LinkSetUp(host) },
 		func() error {
 			return inside.AddrAdd(eth0, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(p.address, 32))})
 		},
-		func() error { return inside.LinkSetUp(eth0) },
 		func() error {
 			return inside.RouteAdd(&netlink.Route{LinkIndex: eth0.Attrs().Index, Dst: ipNet(netip.PrefixFrom(nodeAddress, 32)), Scope: netlink.SCOPE_LINK})
 		},
@@ -107,25 +96,12 @@ func (n *node) connect(p *pod, owned netip.Prefix) error {
 			return fmt.Errorf("step %d: %w", i+1, err)
 		}
 	}
-	return n.pinNeighbour(outside, inside, host, eth0, p.address)
-}
-
-// pinNeighbour makes the two ends know each other's link address for good: an ARP exchange in the middle of a visit would
-// be a latency outlier that has nothing to do with Services.
-func (n *node) pinNeighbour(outside, inside *netlink.Handle, host, eth0 netlink.Link, pod netip.Addr) error {
-	// The addresses of the links are read again: they were random until the links were made.
-	host, err := outside.LinkByName(host.Attrs().Name)
-	if err != nil {
-		return err
-	}
-	eth0, err = inside.LinkByName(eth0.Attrs().Name)
-	if err != nil {
-		return err
-	}
-	if err := outside.NeighSet(&netlink.Neigh{LinkIndex: host.Attrs().Index, State: netlink.NUD_PERMANENT, IP: net.IP(pod.AsSlice()), HardwareAddr: eth0.Attrs().HardwareAddr}); err != nil {
+	// Both ends know each other's link address for good: an ARP exchange in the middle of a visit would be an outlier that has
+	// nothing to do with Services.
+	if err := outside.NeighSet(&netlink.Neigh{LinkIndex: host.Attrs().Index, State: netlink.NUD_PERMANENT, IP: p.address.AsSlice(), HardwareAddr: eth0.Attrs().HardwareAddr}); err != nil {
 		return fmt.Errorf("pin the pod's link address: %w", err)
 	}
-	if err := inside.NeighSet(&netlink.Neigh{LinkIndex: eth0.Attrs().Index, State: netlink.NUD_PERMANENT, IP: net.IP(nodeAddress.AsSlice()), HardwareAddr: host.Attrs().HardwareAddr}); err != nil {
+	if err := inside.NeighSet(&netlink.Neigh{LinkIndex: eth0.Attrs().Index, State: netlink.NUD_PERMANENT, IP: nodeAddress.AsSlice(), HardwareAddr: host.Attrs().HardwareAddr}); err != nil {
 		return fmt.Errorf("pin the node's link address: %w", err)
 	}
 	return nil
