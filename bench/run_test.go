@@ -187,7 +187,7 @@ func TestInterruptLeavesResultsAndNothingElse(t *testing.T) {
 			ctx, cancel := context.WithCancelCause(t.Context())
 			stderr := &watchedWriter{text: moment, f: func() { cancel(errInterrupted) }}
 			err := run(ctx, &bytes.Buffer{}, stderr, []string{"run", "--bin", bin, "--out", dir, "--modes", "direct,ebpf", "--services", "5",
-				"--connects", "2000", "--rounds", "50"})
+				"--rounds", "50"})
 			if !errors.Is(err, errInterrupted) && !errors.Is(err, context.Canceled) {
 				t.Errorf("the error does not say that the run was interrupted: %v", err)
 			}

@@ -101,9 +101,10 @@ type bench struct {
 	fleet     *fleet.Fleet
 	numbers   map[netip.AddrPort]int // Service address → number in the fleet
 	rand      *rand.Rand
-	done      int // visits
-	total     int // visits, when no site falls out
-	repeats   int // visits that were made again
+	reference time.Duration // the fastest reading of the clients' reference so far
+	done      int           // visits
+	total     int           // visits, when no site falls out
+	repeats   int           // visits that were made again
 }
 
 // Run carries a plan out and leaves records.txt, environment.json and the raw samples in plan.Out; env gives what the caller

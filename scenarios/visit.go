@@ -23,6 +23,14 @@ const (
 	// repeatShare bounds all repeats of a run, as a share of its visits: on a machine that is never quiet they would triple
 	// its time and cure nothing.
 	repeatShare = 0.1
+	// quietSlack is how much slower than its fastest the CPU may be for a connect to count (load.Request.Quiet).
+	quietSlack = 0.1
+	// minQuiet is how many such connects a median can stand on; with fewer, all count.
+	minQuiet = 50
+	// closedLimit bounds the closed loop of one target, on slow modes and disturbed machines.
+	closedLimit = 1500 * time.Millisecond
+	// burst is how many of the paced connects are due together.
+	burst = 10
 	// connectTimeout is when a connect counts as timed out.
 	connectTimeout = time.Second
 )
@@ -48,7 +56,7 @@ func (b *bench) visit(ctx context.Context, r *rung, s *site, round int) error {
 			if err := b.writer.Append(m.record); err != nil {
 				return err
 			}
-			if err := b.samples.append(m.record, m.latencies); err != nil {
+			if err := b.samples.append(m); err != nil {
 				return err
 			}
 		}
@@ -60,7 +68,9 @@ func (b *bench) visit(ctx context.Context, r *rung, s *site, round int) error {
 // measured is one record with the samples that it sums up.
 type measured struct {
 	record    results.Record
-	latencies []int64
+	latencies []int64 // those that the figures are of
+	disturbed []int64 // those that were made while the CPU was not at its full speed
+	doubt     string  // why the visit should not count; empty when nothing is wrong
 }
 
 // measure makes one attempt at a visit. The doubts that it returns say why it should not count.
@@ -80,12 +90,15 @@ func (b *bench) measure(ctx context.Context, r *rung, s *site, round int) (recor
 			services := sc.Services(r, s, target, rng, b.plan.Connects)
 			m, err := b.measureTarget(ctx, s, b.record(r, sc.Name(), s.name, target, round), load.Request{
 				Addresses: addresses(b.fleet, services, sc.ThroughService() && s.mode.Floor() != ""),
-				Seed:      rng.Uint64(), Timeout: connectTimeout, Limit: time.Minute,
+				Seed:      rng.Uint64(), Timeout: connectTimeout,
 			})
 			if err != nil {
 				return nil, nil, fmt.Errorf("%s %s: %w", sc.Name(), target, err)
 			}
 			records = append(records, m)
+			if m.doubt != "" {
+				doubts = append(doubts, m.doubt)
+			}
 		}
 	}
 	after, err := s.meters().Read()
@@ -130,12 +143,19 @@ func (s *site) meters() meters.Site {
 // both to the record.
 func (b *bench) measureTarget(ctx context.Context, s *site, record results.Record, request load.Request) (measured, error) {
 	closed := request
-	closed.Count, closed.Warmup = b.plan.Connects, b.plan.Warmup
+	closed.Count, closed.Warmup, closed.Limit = b.plan.Connects, b.plan.Warmup, closedLimit
+	closed.Quiet, closed.Reference = quietSlack, b.reference
 	fast, err := s.load.client.Do(ctx, closed)
 	if err != nil {
 		return measured{}, err
 	}
-	request.Count, request.Rate = b.plan.PacedConnects, b.plan.Rate
+	b.reference = fast.Reference
+	latencies, doubt := fast.Latencies, ""
+	if len(latencies) < minQuiet {
+		doubt = fmt.Sprintf("%s: the CPU was at its full speed during %d of %d connects only, and all of them count", record.Target, len(latencies), len(latencies)+len(fast.Disturbed))
+		latencies = append(latencies, fast.Disturbed...)
+	}
+	request.Count, request.Rate, request.Burst, request.Limit = b.plan.PacedConnects, b.plan.Rate, burst, time.Minute
 	if err := s.load.client.Prepare(ctx, request); err != nil {
 		return measured{}, err
 	}
@@ -154,17 +174,17 @@ func (b *bench) measureTarget(ctx context.Context, s *site, record results.Recor
 	if err != nil {
 		return measured{}, err
 	}
-	if len(fast.Latencies) == 0 || len(paced.Latencies) == 0 {
+	if len(latencies) == 0 || len(paced.Latencies) == 0 {
 		return measured{}, fmt.Errorf("no connect succeeded: %v %v", fast.Errors, paced.Errors)
 	}
 	for _, reply := range []load.Reply{fast, paced} {
-		record.Count += int64(len(reply.Latencies))
+		record.Count += int64(len(reply.Latencies) + len(reply.Disturbed))
 		record.Errors += reply.Failed() + reply.Unsent
 		for name, n := range reply.Errors {
 			record.Warnings = append(record.Warnings, fmt.Sprintf("%d × %s", n, name))
 		}
 	}
-	latency := load.Summarize(fast.Latencies)
+	latency := load.Summarize(latencies)
 	used := after.Since(before)
 	perOperation := func(d time.Duration) float64 { return float64(d) / float64(int64(len(paced.Latencies))+paced.Failed()) }
 	record.Values = []results.Value{
@@ -173,11 +193,12 @@ func (b *bench) measureTarget(ctx context.Context, s *site, record results.Recor
 		{Metric: "p99", Unit: "ns", Value: float64(latency.P99)},
 		{Metric: "max", Unit: "ns", Value: float64(latency.Max)},
 		{Metric: "mean", Unit: "ns", Value: latency.Mean},
+		{Metric: "quiet", Unit: "percent", Value: 100 * float64(len(fast.Latencies)) / float64(len(fast.Latencies)+len(fast.Disturbed))},
 		{Metric: "cpu", Unit: "ns/op", Value: perOperation(used.Path())},
 		{Metric: "machine-cpu", Unit: "ns/op", Value: perOperation(used.Machine)},
 	}
 	if s.ProxyCgroup() != "" {
 		record.Values = append(record.Values, results.Value{Metric: "proxy-cpu", Unit: "ns/op", Value: perOperation(used.Proxy)})
 	}
-	return measured{record: record, latencies: fast.Latencies}, nil
+	return measured{record: record, latencies: latencies, disturbed: fast.Disturbed, doubt: doubt}, nil
 }

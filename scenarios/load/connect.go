@@ -57,13 +57,16 @@ func prepareConnects(ctx context.Context, request Request) (*connects, error) {
 	c := &connects{
 		request: request,
 		targets: make([]sockaddr, len(request.Addresses)),
-		order:   order(request.Seed, 1, len(request.Addresses), request.Count),
+		order:   order(request.Seed, 1, len(request.Addresses), request.operations()),
 		timeout: unix.NsecToTimeval(max(request.Timeout, time.Microsecond).Nanoseconds()),
 	}
 	for i, a := range request.Addresses {
 		c.targets[i] = newSockaddr(a)
 	}
-	c.reply.Latencies = make([]int64, 0, request.Count)
+	c.reply.Latencies = make([]int64, 0, request.operations())
+	if request.Quiet > 0 {
+		c.reply.Disturbed = make([]int64, 0, request.operations())
+	}
 	if request.Rate > 0 {
 		c.reply.Responses = make([]int64, 0, request.Count)
 	}
@@ -98,6 +101,9 @@ func (c *connects) run(ctx context.Context) (Reply, error) {
 				return fmt.Errorf("set timer slack: %w", err)
 			}
 		}
+		if c.request.Quiet > 0 {
+			return c.quietLoop(ctx)
+		}
 		return c.loop(ctx)
 	})
 	return c.reply, err
@@ -110,9 +116,10 @@ func (c *connects) loop(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	burst := max(c.request.Burst, 1)
 	var interval time.Duration
 	if c.request.Rate > 0 {
-		interval = time.Duration(float64(time.Second) / c.request.Rate)
+		interval = time.Duration(float64(burst) / c.request.Rate * float64(time.Second))
 	}
 	var last time.Duration
 	for i, target := range c.order {
@@ -126,7 +133,7 @@ func (c *connects) loop(ctx context.Context) error {
 		}
 		var due time.Duration
 		if c.request.Rate > 0 {
-			due = time.Duration(float64(i) / c.request.Rate * float64(time.Second))
+			due = time.Duration(float64(i-i%burst) / c.request.Rate * float64(time.Second))
 			if time.Since(c.base) < due {
 				sleepUntil(start + due.Nanoseconds())
 			}

@@ -59,6 +59,15 @@ type Request struct {
 	Warmup int `json:"warmup,omitempty"`
 	// Rate is the number of operations due per second; zero is a closed loop. Connect only.
 	Rate float64 `json:"rate,omitempty"`
+	// Burst operations are due together, so that Rate is kept by one wake-up for each burst; zero and one pace each by
+	// itself. With Rate only.
+	Burst int `json:"burst,omitempty"`
+	// Quiet, when above zero, counts only what was connected while the CPU ran at its full speed: while a reference, a short
+	// run of getppid(2), took no longer than 1+Quiet times the fastest that was ever seen. The rest is kept apart in
+	// Reply.Disturbed, and the request goes on, up to 32 times Count, until Count are quiet. Connect in a closed loop only.
+	Quiet float64 `json:"quiet,omitempty"`
+	// Reference is the fastest reading of the reference that the caller knows of; zero knows none.
+	Reference time.Duration `json:"reference,omitempty"`
 	// Timeout bounds one operation; zero means DefaultTimeout, for Wait DefaultWaitTimeout.
 	Timeout time.Duration `json:"timeout,omitempty"`
 	// Pause is how long Wait rests between two attempts; zero means DefaultWaitPause.
@@ -86,6 +95,9 @@ func (r *Request) validate() error {
 	}
 	if r.Count < 0 || r.Warmup < 0 || r.Timeout < 0 || r.Pause < 0 || r.Limit < 0 || !(r.Rate >= 0) || r.Rate > 1e9 {
 		return errors.New("request: count, warmup, rate (at most 1e9), timeout, pause and limit must not be negative")
+	}
+	if r.Burst < 0 || !(r.Quiet >= 0) || r.Reference < 0 || r.Burst > 1 && r.Rate == 0 || r.Quiet > 0 && (r.Rate > 0 || r.Kind != Connect) {
+		return errors.New("request: burst goes with a rate, quiet with a closed loop of connects, and none is negative")
 	}
 	switch r.Kind {
 	case Connect:
@@ -116,6 +128,10 @@ type Reply struct {
 	// Latencies holds, for each success in the order of sending, the nanoseconds from call to return.
 	// Connect: of connect(2) alone. Identify and Datagram: from the connect to the server's name.
 	Latencies []int64 `json:"latencies,omitempty"`
+	// Disturbed holds the latencies that Request.Quiet did not count.
+	Disturbed []int64 `json:"disturbed,omitempty"`
+	// Reference is the fastest reading of the reference so far; zero unless Request.Quiet was set.
+	Reference time.Duration `json:"reference,omitempty"`
 	// Responses holds, for the same operations as Latencies, the nanoseconds from the due time to the return.
 	// Empty in a closed loop.
 	Responses []int64 `json:"responses,omitempty"`

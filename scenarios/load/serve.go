@@ -82,7 +82,9 @@ func Serve(ctx context.Context, options ServeOptions, in io.Reader, out io.Write
 	var running sync.WaitGroup
 	defer running.Wait()
 	defer cancel()
-	running.Go(func() { s.drain(ctx) })
+	if len(s.queues) > 0 {
+		running.Go(func() { s.drain(ctx) })
+	}
 	for _, l := range s.tcp {
 		running.Go(func() { s.identify(ctx, l) })
 	}
