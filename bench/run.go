@@ -77,7 +77,7 @@ func newRunCommand() *cobra.Command {
 	f.StringVar(&o.plan.Twin, "twin", "direct", "mode that gets a second node; the noise floor comes from the difference; empty for none")
 	f.IntVar(&o.plan.Connects, "connects", 300, "connects timed per visit and target")
 	f.Float64Var(&o.plan.Rate, "rate", 1000, "connects a second while CPU is measured, the same for all modes")
-	f.IntVar(&o.plan.PacedConnects, "paced-connects", 250, "connects per visit and target while CPU is measured")
+	f.IntVar(&o.plan.PacedConnects, "paced-connects", 200, "connects per visit and target while CPU is measured")
 	return cmd
 }
 

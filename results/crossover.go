@@ -21,16 +21,19 @@ type Crossover struct {
 	Services, Low, High float64
 }
 
-// Crossovers returns one entry for each metric and ordered pair of modes, twins left out, in the order of the report.
+// Crossovers returns one entry for each metric that is a cost and was measured in rounds, and ordered pair of modes, twins left out, in the order of the report.
 func (r *Run) Crossovers() []Crossover { return newTable(r).crossovers() }
 
 func (t *table) crossovers() []Crossover {
 	var out []Crossover
 	for _, k := range t.keys {
+		if !about(k.metric).cost {
+			continue
+		}
 		for _, a := range t.modes {
 			for _, b := range t.modes {
 				sa, sb := t.series[k][a.Name], t.series[k][b.Name]
-				if a.Name == b.Name || a.Twin != "" || b.Twin != "" || sa == nil || sb == nil {
+				if a.Name == b.Name || a.Twin != "" || b.Twin != "" || sa.rounds() < 2 || sb.rounds() < 2 {
 					continue
 				}
 				out = append(out, t.crossover(k, a, b))
@@ -127,13 +130,17 @@ type drift struct {
 	beyond, known bool
 }
 
-// drifts returns the visits of the smallest rung at the end, in the order of the report.
+// drifts returns the visits of the smallest rung at the end, in the order of the report. What is measured once a rung has none: programming goes
+// up the ladder, and down at the end.
 func (t *table) drifts() []drift {
 	var out []drift
 	for _, k := range t.keys {
+		if !about(k.metric).tabled {
+			continue
+		}
 		for _, m := range t.modes {
 			s := t.series[k][m.Name]
-			if s == nil || len(s.again) == 0 || len(s.visits) == 0 {
+			if s.rounds() < 2 || len(s.again) == 0 {
 				continue
 			}
 			d := drift{key: k, mode: m.Name, services: s.rungs()[0], floor: math.NaN()}

@@ -51,6 +51,11 @@ type fitResult struct {
 	note  string
 }
 
+// grows reports whether the cost grows by more than the noise floor, law or no law.
+func (f fitResult) grows(floor float64) bool {
+	return f.model != Constant && f.low > 0 && f.rise > floor
+}
+
 // fit judges how the cost grows. docs/method.md has the reasons.
 func fit(rungs []rung, noise aaNoise, rng *rand.Rand) fitResult {
 	k := len(rungs)
@@ -59,6 +64,12 @@ func fit(rungs []rung, noise aaNoise, rng *rand.Rand) fitResult {
 			note: "a single rung"}
 	}
 	line := newShape(rungs, func(n float64) float64 { return n })
+	if !slices.ContainsFunc(rungs, func(r rung) bool { return len(r.values) > 1 }) {
+		// The residuals of a line alone would give an interval; of what one measurement scatters they say nothing.
+		s := line.fit(line.medians)
+		return fitResult{model: Undecided, slope: s.slope, low: math.NaN(), high: math.NaN(), rise: s.slope * line.span, bound: math.NaN(),
+			note: "one measurement a rung: no interval"}
+	}
 	// A rung without a Service stands at one: log n begins there.
 	curve := newShape(rungs, func(n float64) float64 { return math.Log(max(n, 1)) })
 	if k == 2 && len(noise.effects) == 0 {

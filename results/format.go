@@ -37,6 +37,9 @@ var unitSteps = map[string][]unitStep{
 
 // scaleOf returns the unit that a figure of size x reads best in, and what to divide by: 16300 ns/op gives µs/op and 1000.
 func scaleOf(x float64, unit string) (name string, divisor float64) {
+	if unit == "percent" {
+		return "%", 1
+	}
 	base, per, isRate := strings.Cut(unit, "/")
 	for _, s := range unitSteps[base] {
 		if math.Abs(x) >= s.from {

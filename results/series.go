@@ -28,6 +28,12 @@ type place struct {
 	endpoints        int
 }
 
+// group returns k for all targets: what one section and one picture show.
+func (k key) group() key {
+	k.target = ""
+	return k
+}
+
 func (k key) place() place { return place{k.provider, k.kernel, k.endpoints} }
 
 // series is one key of one mode.
@@ -50,6 +56,15 @@ func (s *series) values(services int) []float64 {
 		return nil
 	}
 	return ordered(s.visits[services])
+}
+
+// rounds returns the most rounds that a rung has.
+func (s *series) rounds() int {
+	n := 0
+	for _, r := range s.rungs() {
+		n = max(n, len(s.visits[r]))
+	}
+	return n
 }
 
 func ordered(byRound map[int]float64) []float64 {
@@ -156,15 +171,13 @@ func (t *table) add(k key, rec Record, value float64) {
 	s.visits[rec.Services][rec.Round] = value
 }
 
-// The order in which a reader wants targets and metrics. Others stand at the empty string, by name.
-var (
-	targets = []string{"head", "middle", "tail", "random", "pod", "fleet", ""}
-	metrics = []string{"p50", "p90", "p99", "p999", "max", "", "cpu", "proxy-cpu", "rss"}
-)
+// targets are in the order in which a reader wants them. Others stand at the empty string, by name.
+var targets = []string{"head", "middle", "tail", "random", "pod", "fleet", ""}
 
 func (t *table) compareKeys(a, b key) int {
 	return cmp.Or(comparePlaces(a.place(), b.place()), t.compareScenarios(a.scenario, b.scenario),
-		compareListed(metrics, a.metric, b.metric), cmp.Compare(a.unit, b.unit), compareListed(targets, a.target, b.target))
+		cmp.Compare(metricIndex(a.metric), metricIndex(b.metric)), cmp.Compare(a.metric, b.metric), cmp.Compare(a.unit, b.unit),
+		compareListed(targets, a.target, b.target))
 }
 
 func comparePlaces(a, b place) int {
@@ -228,9 +241,7 @@ func (t *table) floorSeries(k key, mode string) *series {
 	}
 	var only *series
 	for _, other := range t.keys {
-		same := other
-		same.target = k.target
-		if same != k || t.series[other][mode] == nil {
+		if other.group() != k.group() || t.series[other][mode] == nil {
 			continue
 		}
 		if only != nil {

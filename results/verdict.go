@@ -18,6 +18,9 @@ type Verdict struct {
 	Mode             string
 
 	Model Model
+	// Grows says that the whole interval of Slope is above zero and Rise above Floor. With fewer rungs than a
+	// growth law needs, this is all that can be said of a cost that grows.
+	Grows bool
 	// Slope is the growth per Service, in Unit, of a straight line through
 	// cost minus FloorMode's cost; Low and High are its 95 % interval. NaN where there is none.
 	Slope, Low, High float64
@@ -31,7 +34,9 @@ type Verdict struct {
 	FloorMode string
 	// Points is the number of rungs that the fit stands on.
 	Points int
-	Note   string
+	// Note says what was subtracted, why there is no verdict, and what was skipped.
+	Note    string
+	remarks []string // of Note, what a table has no column for
 
 	Smallest, Largest     int     // the first and the last rung of this mode; 0 without any
 	AtSmallest, AtLargest float64 // the raw medians there, in Unit
@@ -98,9 +103,7 @@ func (t *table) pairFor(k key, m Mode) (pair aaPair, elsewhere string, ok bool) 
 		return pairs[0], "", true
 	}
 	for _, other := range t.keys {
-		same := other
-		same.target = k.target
-		if same != k {
+		if other.group() != k.group() {
 			continue
 		}
 		for _, p := range t.pairs(other) {
@@ -112,13 +115,16 @@ func (t *table) pairFor(k key, m Mode) (pair aaPair, elsewhere string, ok bool) 
 	return pair, elsewhere, ok
 }
 
-// Verdicts returns one verdict for each metric and each mode but twins, in the order of the report.
+// Verdicts returns one verdict for each metric that is a cost and each mode but twins, in the order of the report.
 // A mode that was skipped everywhere has one too, undecided, with the reason.
 func (r *Run) Verdicts() []Verdict { return newTable(r).verdicts() }
 
 func (t *table) verdicts() []Verdict {
 	var out []Verdict
 	for _, k := range t.keys {
+		if !about(k.metric).cost {
+			continue
+		}
 		for _, m := range t.modes {
 			if m.Twin != "" {
 				continue
@@ -146,6 +152,7 @@ func (t *table) verdict(k key, m Mode) (v Verdict, ok bool) {
 		return v, len(skipped) > 0
 	}
 	var notes []string
+	remark := func(text string) { notes, v.remarks = append(notes, text), append(v.remarks, text) }
 	rungs, base := raw(s), (*series)(nil)
 	switch {
 	case t.isFloor(m):
@@ -160,7 +167,7 @@ func (t *table) verdict(k key, m Mode) (v Verdict, ok bool) {
 		case m.Floor:
 			notes = append(notes, "minus "+m.Floor)
 		default:
-			notes = append(notes, fmt.Sprintf("minus %s: %s was not measured", v.FloorMode, m.Floor))
+			remark(fmt.Sprintf("minus %s: %s was not measured", v.FloorMode, m.Floor))
 		}
 		if base != nil {
 			rungs = difference(s, base)
@@ -175,13 +182,14 @@ func (t *table) verdict(k key, m Mode) (v Verdict, ok bool) {
 			noise.effects = nil
 		}
 		if elsewhere != "" {
-			notes = append(notes, "noise floor of target "+elsewhere)
+			remark("noise floor of target " + elsewhere)
 		}
 	}
 	f := fit(rungs, noise, source(t.env.Seed, "verdict", k.String(), m.Name))
-	v.Model, v.Slope, v.Low, v.High, v.Rise, v.Bound, v.Points = f.model, f.slope, f.low, f.high, f.rise, f.bound, len(rungs)
+	v.Model, v.Grows = f.model, f.grows(v.Floor)
+	v.Slope, v.Low, v.High, v.Rise, v.Bound, v.Points = f.slope, f.low, f.high, f.rise, f.bound, len(rungs)
 	if f.note != "" {
-		notes = append(notes, f.note)
+		remark(f.note)
 	}
 	v.Note = strings.Join(append(notes, skipped...), "; ")
 

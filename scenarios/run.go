@@ -290,18 +290,39 @@ func (b *bench) visitRung(ctx context.Context, r *rung) error {
 		return err
 	}
 	for round := range r.rounds {
-		order := b.rand.Perm(len(r.sites))
-		for _, i := range order {
-			s := r.sites[i]
-			b.report.Progress(b.done, b.total, fmt.Sprintf("%d Services, round %d of %d: %s", r.services, round+1, r.rounds, s.name))
-			if err := b.visit(ctx, r, s, round); err != nil {
-				return fmt.Errorf("%s, %d Services, round %d: %w", s.name, r.services, round, err)
-			}
-			b.done++
+		if err := b.goRound(ctx, r, round); err != nil {
+			return fmt.Errorf("%d Services, round %d: %w", r.services, round+1, err)
 		}
-		b.done += len(b.sites) - len(r.sites)
 	}
 	return b.freezeAll(ctx, false)
+}
+
+// goRound visits every site of the rung once, in random order. A visit that was disturbed goes to the end of the round, by
+// when what disturbed it may have passed.
+func (b *bench) goRound(ctx context.Context, r *rung, round int) error {
+	made := map[*site]int{}
+	var queue []*site
+	for _, i := range b.rand.Perm(len(r.sites)) {
+		queue = append(queue, r.sites[i])
+	}
+	for len(queue) > 0 {
+		s := queue[0]
+		queue = queue[1:]
+		b.report.Progress(b.done, b.total, fmt.Sprintf("%d Services, round %d of %d: %s", r.services, round+1, r.rounds, s.name))
+		made[s]++
+		again, err := b.visit(ctx, r, s, round, made[s] < attempts && float64(b.repeats) < repeatShare*float64(b.total))
+		if err != nil {
+			return fmt.Errorf("%s: %w", s.name, err)
+		}
+		if again {
+			b.repeats++
+			queue = append(queue, s)
+			continue
+		}
+		b.done++
+	}
+	b.done += len(b.sites) - len(r.sites)
+	return nil
 }
 
 // freezeAll stops or resumes all sites; those out of the run stay stopped.

@@ -18,7 +18,7 @@ import (
 const (
 	// otherShare is how much of the machine all else may use during a visit before the visit is repeated.
 	otherShare = 0.05
-	// attempts is how often a visit is made before its last result stands, with a warning.
+	// attempts is how often a round makes a visit before its last result stands, with a warning.
 	attempts = 3
 	// repeatShare bounds all repeats of a run, as a share of its visits: on a machine that is never quiet they would triple
 	// its time and cure nothing.
@@ -28,41 +28,40 @@ const (
 	// minQuiet is how many such connects a median can stand on; with fewer, all count.
 	minQuiet = 50
 	// closedLimit bounds the closed loop of one target, on slow modes and disturbed machines.
-	closedLimit = 1500 * time.Millisecond
+	closedLimit = 800 * time.Millisecond
 	// burst is how many of the paced connects are due together.
 	burst = 10
 	// connectTimeout is when a connect counts as timed out.
 	connectTimeout = time.Second
 )
 
-// visit lets one site run alone and measures every scenario and target on it. A visit that something disturbed is void and
-// made again; when the last attempt is disturbed too, its records say so.
-func (b *bench) visit(ctx context.Context, r *rung, s *site, round int) error {
+// visit lets one site run alone and measures every scenario and target on it. A visit that something disturbed is void when
+// it may be made again, which again then asks for; otherwise its records say what disturbed it.
+func (b *bench) visit(ctx context.Context, r *rung, s *site, round int, mayRepeat bool) (again bool, err error) {
 	if err := s.Freeze(ctx, false); err != nil {
-		return err
+		return false, err
 	}
-	for attempt := 1; ; attempt++ {
-		records, doubts, err := b.measure(ctx, r, s, round)
-		if err != nil {
-			return err
-		}
-		if len(doubts) > 0 && attempt < attempts && float64(b.repeats) < repeatShare*float64(b.total) {
-			b.repeats++
-			b.report.Warn(fmt.Sprintf("%s, %d Services, round %d: %s; the visit is repeated", s.name, r.services, round+1, strings.Join(doubts, "; ")))
-			continue
-		}
-		for _, m := range records {
-			m.record.Warnings = append(m.record.Warnings, doubts...)
-			if err := b.writer.Append(m.record); err != nil {
-				return err
-			}
-			if err := b.samples.append(m); err != nil {
-				return err
-			}
-		}
-		break
+	records, doubts, err := b.measure(ctx, r, s, round)
+	if err != nil {
+		return false, err
 	}
-	return s.Freeze(ctx, true)
+	if err := s.Freeze(ctx, true); err != nil {
+		return false, err
+	}
+	if len(doubts) > 0 && mayRepeat {
+		b.report.Warn(fmt.Sprintf("%s, %d Services, round %d: %s; the visit is repeated", s.name, r.services, round+1, strings.Join(doubts, "; ")))
+		return true, nil
+	}
+	for _, m := range records {
+		m.record.Warnings = append(m.record.Warnings, doubts...)
+		if err := b.writer.Append(m.record); err != nil {
+			return false, err
+		}
+		if err := b.samples.append(m); err != nil {
+			return false, err
+		}
+	}
+	return false, nil
 }
 
 // measured is one record with the samples that it sums up.
