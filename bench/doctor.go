@@ -138,7 +138,7 @@ func examine(ctx context.Context, bin string, root bool) []finding {
 	findings = append(findings, examineBinaries(ctx, bin)...)
 	findings = append(findings, examineNoise()...)
 
-	if loaded := slices.DeleteFunc(loadedModules(), func(m string) bool { return slices.Contains(modules, m) }); len(loaded) > 0 {
+	if loaded := newModules(modules, loadedModules()); len(loaded) > 0 {
 		findings = append(findings, finding{"modules", note,
 			"trying this made the kernel load " + strings.Join(loaded, ", ") + "; they stay until the next boot or rmmod", ""})
 	}

@@ -246,6 +246,11 @@ func loadedModules() []string {
 	return moduleNames(string(text))
 }
 
+// newModules are the names in after that are not in before.
+func newModules(before, after []string) []string {
+	return slices.DeleteFunc(after, func(name string) bool { return slices.Contains(before, name) })
+}
+
 // moduleNames returns the first word of each line of a /proc/modules.
 func moduleNames(text string) []string {
 	var names []string

@@ -11,6 +11,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -38,6 +39,14 @@ func main() {
 		signal.Stop(signals)
 		cancel(fmt.Errorf("%w by %s", errInterrupted, s))
 	}()
+	// Whoever reads our output may be gone first, as in `plimsoll run | tee log` and Ctrl-C. Left alone, the next line would
+	// end the program in the middle of its clean-up.
+	broken := make(chan os.Signal, 1)
+	signal.Notify(broken, syscall.SIGPIPE)
+	go func() {
+		<-broken
+		cancel(fmt.Errorf("%w: nobody reads the output", errInterrupted))
+	}()
 	err := run(ctx, os.Stdout, os.Stderr, os.Args[1:])
 	switch {
 	case err == nil:
@@ -45,7 +54,8 @@ func main() {
 		fmt.Fprintln(os.Stderr, "plimsoll:", context.Cause(ctx))
 		os.Exit(interrupted)
 	default:
-		fmt.Fprintln(os.Stderr, "plimsoll:", err)
+		// Several errors may be joined, each with a line of its own.
+		fmt.Fprintln(os.Stderr, "plimsoll:", strings.ReplaceAll(err.Error(), "\n", "; "))
 		os.Exit(1)
 	}
 }
@@ -67,5 +77,8 @@ func run(ctx context.Context, stdout, stderr io.Writer, args []string) error {
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	root.SetArgs(args)
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return fmt.Errorf("%w (%s --help lists the flags)", err, cmd.CommandPath())
+	})
 	return root.ExecuteContext(ctx)
 }

@@ -14,11 +14,13 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 	"k8s.io/klog/v2"
 
+	"github.com/plimsoll-bench/plimsoll/dataplane"
 	"github.com/plimsoll-bench/plimsoll/results"
 	"github.com/plimsoll-bench/plimsoll/scenarios"
 )
@@ -28,14 +30,15 @@ type profile struct {
 	name, doc string
 	services  []int
 	rounds    int
-	again     int
+	again     int // rounds of the smallest rung at the end
+	paced     int // connects per visit and target while CPU is measured
 	limit     time.Duration
 }
 
 var profiles = []profile{
-	{"quick", "a first picture", []int{100, 1000, 5000}, 6, 3, 5 * time.Minute},
-	{"default", "enough rungs for every verdict", []int{100, 1000, 2000, 5000, 10000, 20000}, 10, 5, 5 * time.Minute},
-	{"full", "up to 50,000 Services", []int{100, 1000, 2000, 5000, 10000, 20000, 50000}, 10, 5, 25 * time.Minute},
+	{"quick", "a first picture", []int{100, 1000, 5000}, 6, 6, 150, 5 * time.Minute},
+	{"default", "enough rungs for every verdict", []int{100, 1000, 2000, 5000, 10000, 20000}, 10, 6, 200, 5 * time.Minute},
+	{"full", "up to 50,000 Services", []int{100, 1000, 2000, 5000, 10000, 20000, 50000}, 10, 6, 200, 25 * time.Minute},
 }
 
 // minRounds is the fewest rounds that a median and its interval stand on.
@@ -77,7 +80,7 @@ func newRunCommand() *cobra.Command {
 	f.StringVar(&o.plan.Twin, "twin", "direct", "mode that gets a second node; the noise floor comes from the difference; empty for none")
 	f.IntVar(&o.plan.Connects, "connects", 300, "connects timed per visit and target")
 	f.Float64Var(&o.plan.Rate, "rate", 1000, "connects a second while CPU is measured, the same for all modes")
-	f.IntVar(&o.plan.PacedConnects, "paced-connects", 200, "connects per visit and target while CPU is measured")
+	f.IntVar(&o.plan.PacedConnects, "paced-connects", 0, "connects per visit and target while CPU is measured")
 	return cmd
 }
 
@@ -97,6 +100,9 @@ func (o *runOptions) complete(cmd *cobra.Command, args []string) error {
 	if plan.ProgrammingLimit == 0 {
 		plan.ProgrammingLimit = p.limit
 	}
+	if plan.PacedConnects == 0 {
+		plan.PacedConnects = p.paced
+	}
 	plan.Again = min(p.again, plan.Rounds)
 	plan.Warmup = plan.Connects / 10
 	plan.Scenarios = args
@@ -111,7 +117,21 @@ func (o *runOptions) complete(cmd *cobra.Command, args []string) error {
 			return err
 		}
 	}
+	for _, name := range plan.Scenarios {
+		if _, err := scenarios.Find(name); err != nil {
+			return err
+		}
+	}
+	for _, name := range plan.Modes {
+		if _, err := dataplane.Find(name); err != nil {
+			return err
+		}
+	}
 	switch {
+	case len(plan.Modes) == 0:
+		return errors.New("--modes: at least one is needed (plimsoll list)")
+	case len(slices.Compact(slices.Sorted(slices.Values(plan.Scenarios)))) != len(plan.Scenarios):
+		return fmt.Errorf("scenarios %v: one is named twice", plan.Scenarios)
 	case plan.Rounds < minRounds:
 		return fmt.Errorf("--rounds %d: at least %d are needed for a median with an interval", plan.Rounds, minRounds)
 	case plan.Endpoints < 1:
@@ -175,9 +195,13 @@ func (o *runOptions) run(ctx context.Context, stdout, stderr io.Writer) (err err
 	klog.LogToStderr(false)
 	klog.SetOutput(progress.log)
 	progress.Step(fmt.Sprintf("run %s: results go to %s", o.plan.Run, o.plan.Out))
+	modules := loadedModules()
 	err = scenarios.Run(ctx, o.plan, provider, env, progress)
 	if err != nil {
-		progress.Warn(err.Error())
+		progress.write("error: " + err.Error())
+	}
+	if loaded := newModules(modules, loadedModules()); len(loaded) > 0 {
+		progress.Step("kernel modules that this run made the kernel load: " + strings.Join(loaded, ", "))
 	}
 	// What was measured before an interrupt or an error is worth a report too.
 	if _, stat := os.Stat(filepath.Join(o.plan.Out, results.RecordsFile)); stat == nil {
@@ -207,7 +231,7 @@ func makeOut(dir string) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("--out: %w", err)
 	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := results.MakeDir(dir); err != nil {
 		return fmt.Errorf("--out: %w", err)
 	}
 	return nil
@@ -215,18 +239,10 @@ func makeOut(dir string) error {
 
 // giveBack hands the results to the user who called sudo.
 func giveBack(dir string) error {
-	uid, err := strconv.Atoi(os.Getenv("SUDO_UID"))
-	if err != nil || os.Geteuid() != 0 {
-		return nil
-	}
-	gid, err := strconv.Atoi(os.Getenv("SUDO_GID"))
-	if err != nil {
-		gid = -1
-	}
 	return filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
-		return os.Lchown(path, uid, gid)
+		return results.Own(path)
 	})
 }

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/csv"
@@ -10,6 +11,7 @@ import (
 	"fmt"
 	"image/png"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -22,7 +24,7 @@ import (
 
 // TestMain makes the test binary the program that runs inside pods.
 func TestMain(m *testing.M) {
-	if len(os.Args) > 1 && slices.Contains([]string{"agent", scenarios.ServerCommand, scenarios.ClientCommand}, os.Args[1]) {
+	if len(os.Args) > 1 && slices.Contains([]string{"run", "agent", scenarios.ServerCommand, scenarios.ClientCommand}, os.Args[1]) {
 		main()
 		return
 	}
@@ -156,6 +158,9 @@ func TestRunMeasuresEveryModeAndReports(t *testing.T) {
 		t.Fatal(err)
 	}
 	mustRun(t, "report", dir)
+	if stdout, _ := mustRun(t, "compare", dir, dir); stdout == "" {
+		t.Error("plimsoll compare says nothing")
+	}
 	if again, err := os.ReadFile(filepath.Join(dir, "results.csv")); err != nil || !bytes.Equal(first, again) {
 		t.Errorf("plimsoll report renders other results: %v", err)
 	}
@@ -200,6 +205,39 @@ func TestInterruptLeavesResultsAndNothingElse(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// What kill -9 leaves, plimsoll clean removes, at whatever moment it comes.
+func TestCleanAfterKill(t *testing.T) {
+	bin := needsLab(t)
+	before := leftovers(t)
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(self, "run", "--bin", bin, "--out", filepath.Join(t.TempDir(), "out"), "--modes", "direct,nftables", "--services", "5", "--rounds", "50")
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	// In the middle of a round, when sites are frozen.
+	lines := bufio.NewScanner(stderr)
+	for lines.Scan() && !strings.Contains(lines.Text(), "round 1") {
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Wait()
+	if after := leftovers(t); slices.Equal(after, before) {
+		t.Error("the run left nothing although it was killed: this test tests nothing")
+	}
+	mustRun(t, "clean")
+	if after := leftovers(t); !slices.Equal(after, before) {
+		t.Errorf("left on the host after clean: %v, before the run: %v", after, before)
 	}
 }
 

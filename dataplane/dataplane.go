@@ -46,9 +46,9 @@ type Mode interface {
 	Supported(ctx context.Context) error
 	// Spec is what the mode wants of its node.
 	Spec(s Settings) clusters.ProxySpec
-	// Programmed counts the Service ports that the node's rules or maps hold, the API server's own Service among them.
-	// Floors hold none and are always at rest: ok is false.
-	Programmed(ctx context.Context, site clusters.Site) (n int, ok bool, err error)
+	// Programmed counts the Service ports that the node's rules or maps hold, the API server's own Service among them; 0 on
+	// floors.
+	Programmed(ctx context.Context, site clusters.Site) (int, error)
 	// Chain lists the Service ports in the order in which the kernel tries them for a new connection; nil in modes that
 	// look Services up.
 	Chain(ctx context.Context, site clusters.Site) ([]netip.AddrPort, error)
@@ -75,6 +75,12 @@ func Find(name string) (Mode, error) {
 		names[i] = m.Name()
 	}
 	return nil, fmt.Errorf("mode %q is not one of %s", name, strings.Join(names, ", "))
+}
+
+// complaint is the last line that a failed command printed: where tools say what was wrong.
+func complaint(out []byte) string {
+	lines := strings.Split(strings.TrimSpace(string(out)), "\n")
+	return lines[len(lines)-1]
 }
 
 // inScratch runs f in a network namespace of its own that is gone afterwards, so that probing a host changes nothing there.

@@ -23,6 +23,6 @@ func (direct) Supported(context.Context) error { return nil }
 
 func (m direct) Spec(Settings) clusters.ProxySpec { return clusters.ProxySpec{Name: m.Name()} }
 
-func (direct) Programmed(context.Context, clusters.Site) (int, bool, error) { return 0, false, nil }
+func (direct) Programmed(context.Context, clusters.Site) (int, error) { return 0, nil }
 
 func (direct) Chain(context.Context, clusters.Site) ([]netip.AddrPort, error) { return nil, nil }

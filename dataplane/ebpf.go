@@ -10,6 +10,7 @@ import (
 
 	ciliumebpf "github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/features"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
 )
@@ -25,16 +26,23 @@ func (ebpf) Doc() string {
 }
 func (ebpf) Floor() string { return direct{}.Name() }
 
-// Supported loads the smallest program of the kind that the load balancer attaches.
+// Supported loads the smallest program of the kind that the load balancer attaches, and asks for the helper by which it
+// refuses (Linux 5.18 or newer).
 func (ebpf) Supported(context.Context) error {
 	prog, err := ciliumebpf.NewProgram(&ciliumebpf.ProgramSpec{
 		Type: ciliumebpf.CGroupSockAddr, AttachType: ciliumebpf.AttachCGroupInet4Connect, License: "Dual BSD/GPL",
 		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()},
 	})
 	if err != nil {
-		return fmt.Errorf("load a program for cgroup connect4 (needs root and a kernel with CONFIG_CGROUP_BPF): %w", errors.Join(err, clusters.ErrNotSupported))
+		return fmt.Errorf("load a program for cgroup connect4 (needs root and a kernel with CONFIG_CGROUP_BPF): %w: %w", errors.New(complaint([]byte(err.Error()))), clusters.ErrNotSupported)
 	}
-	return prog.Close()
+	if err := prog.Close(); err != nil {
+		return err
+	}
+	if err := features.HaveProgramHelper(ciliumebpf.CGroupSockAddr, asm.FnSetRetval); err != nil {
+		return fmt.Errorf("the kernel has no bpf_set_retval (Linux 5.18 or newer): %w", clusters.ErrNotSupported)
+	}
+	return nil
 }
 
 func (m ebpf) Spec(s Settings) clusters.ProxySpec {
@@ -42,12 +50,12 @@ func (m ebpf) Spec(s Settings) clusters.ProxySpec {
 }
 
 // Programmed is what the agent counts in its map of frontends.
-func (ebpf) Programmed(ctx context.Context, site clusters.Site) (int, bool, error) {
+func (ebpf) Programmed(ctx context.Context, site clusters.Site) (int, error) {
 	metrics, err := proxyMetrics(ctx, site)
 	if err != nil {
-		return 0, true, err
+		return 0, err
 	}
-	return int(metrics.sum("plimsoll_lb_frontends")), true, nil
+	return int(metrics.sum("plimsoll_lb_frontends")), nil
 }
 
 func (ebpf) Chain(context.Context, clusters.Site) ([]netip.AddrPort, error) { return nil, nil }

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"os"
 	"os/exec"
 	"strings"
 
@@ -29,9 +30,9 @@ func (m iptables) Spec(s Settings) clusters.ProxySpec {
 	return clusters.ProxySpec{Name: m.Name(), KubeProxy: "iptables", IPTables: "nft", MinSyncPeriod: s.minSyncPeriod()}
 }
 
-func (m iptables) Programmed(ctx context.Context, site clusters.Site) (int, bool, error) {
+func (m iptables) Programmed(ctx context.Context, site clusters.Site) (int, error) {
 	chain, err := m.Chain(ctx, site)
-	return len(chain), true, err
+	return len(chain), err
 }
 
 // Chain reads KUBE-SERVICES, which every new connection walks from its head. kube-proxy fills it from a Go map, so the
@@ -85,9 +86,12 @@ func iptablesSupported(ctx context.Context, backend string) error {
 		return fmt.Errorf("%s is not installed (plimsoll doctor --install): %w", command, clusters.ErrNotSupported)
 	}
 	return inScratch(func() error {
-		out, err := exec.CommandContext(ctx, path, "iptables", "-t", "nat", "-S").CombinedOutput()
+		cmd := exec.CommandContext(ctx, path, "iptables", "-t", "nat", "-S")
+		// Not the host's lock, which somebody may hold.
+		cmd.Env = append(os.Environ(), "XTABLES_LOCKFILE="+os.DevNull)
+		out, err := cmd.CombinedOutput()
 		if err != nil {
-			return fmt.Errorf("this kernel has no NAT table for iptables-%s (%s): %w", backend, strings.TrimSpace(string(out)), clusters.ErrNotSupported)
+			return fmt.Errorf("this kernel has no NAT table for iptables-%s (%s): %w", backend, complaint(out), clusters.ErrNotSupported)
 		}
 		return nil
 	})

@@ -27,6 +27,9 @@ func (ipvs) Floor() string { return directConntrack{}.Name() }
 // Supported asks for IPVS's netlink family. Where it is missing and the kernel has modules, ip_vs is loaded, as kube-proxy
 // itself would do.
 func (ipvs) Supported(ctx context.Context) error {
+	if _, err := exec.LookPath("ipset"); err != nil {
+		return fmt.Errorf("ipset is not installed (plimsoll doctor --install): %w", clusters.ErrNotSupported)
+	}
 	if _, err := netlink.GenlFamilyGet("IPVS"); err == nil {
 		return nil
 	}
@@ -36,7 +39,7 @@ func (ipvs) Supported(ctx context.Context) error {
 		if err == nil {
 			return nil
 		}
-		if text := strings.TrimSpace(string(out)); text != "" {
+		if text := complaint(out); text != "" {
 			why += ": " + text
 		}
 	}
@@ -48,14 +51,14 @@ func (m ipvs) Spec(s Settings) clusters.ProxySpec {
 }
 
 // Programmed counts the virtual servers in /proc/net/ip_vs.
-func (ipvs) Programmed(_ context.Context, site clusters.Site) (int, bool, error) {
+func (ipvs) Programmed(_ context.Context, site clusters.Site) (int, error) {
 	n := 0
 	err := site.Enter(func() error {
 		b, err := os.ReadFile("/proc/thread-self/net/ip_vs")
 		n = strings.Count(string(b), "\nTCP ")
 		return err
 	})
-	return n, true, err
+	return n, err
 }
 
 func (ipvs) Chain(context.Context, clusters.Site) ([]netip.AddrPort, error) { return nil, nil }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os/exec"
-	"strings"
 
 	"sigs.k8s.io/knftables"
 
@@ -23,8 +22,12 @@ func (nftables) Name() string  { return "nftables" }
 func (nftables) Doc() string   { return "kube-proxy in nftables mode" }
 func (nftables) Floor() string { return directConntrack{}.Name() }
 
-// Supported adds and lists a table in a namespace of its own.
+// Supported adds a table in a namespace of its own. kube-proxy also runs iptables in this mode, once at its start, to remove
+// what another mode left.
 func (nftables) Supported(ctx context.Context) error {
+	if err := iptablesSupported(ctx, "nft"); err != nil {
+		return err
+	}
 	path, err := exec.LookPath("nft")
 	if err != nil {
 		return fmt.Errorf("nft is not installed (plimsoll doctor --install): %w", clusters.ErrNotSupported)
@@ -32,18 +35,18 @@ func (nftables) Supported(ctx context.Context) error {
 	return inScratch(func() error {
 		out, err := exec.CommandContext(ctx, path, "add table ip probe; add chain ip probe nat { type nat hook prerouting priority dstnat; }").CombinedOutput()
 		if err != nil {
-			return fmt.Errorf("this kernel has no nf_tables NAT (%s): %w", strings.TrimSpace(string(out)), clusters.ErrNotSupported)
+			return fmt.Errorf("this kernel has no nf_tables NAT (%s): %w", complaint(out), clusters.ErrNotSupported)
 		}
 		return nil
 	})
 }
 
 func (m nftables) Spec(s Settings) clusters.ProxySpec {
-	return clusters.ProxySpec{Name: m.Name(), KubeProxy: "nftables", MinSyncPeriod: s.minSyncPeriod()}
+	return clusters.ProxySpec{Name: m.Name(), KubeProxy: "nftables", IPTables: "nft", MinSyncPeriod: s.minSyncPeriod()}
 }
 
 // Programmed counts the elements of kube-proxy's map service-ips, which has one for each Service port.
-func (nftables) Programmed(ctx context.Context, site clusters.Site) (int, bool, error) {
+func (nftables) Programmed(ctx context.Context, site clusters.Site) (int, error) {
 	n := 0
 	err := site.Enter(func() error {
 		nft, err := knftables.New(knftables.IPv4Family, "kube-proxy")
@@ -55,9 +58,9 @@ func (nftables) Programmed(ctx context.Context, site clusters.Site) (int, bool, 
 		return err
 	})
 	if err != nil {
-		return 0, true, fmt.Errorf("list map service-ips on %s: %w", site.Spec().Name, err)
+		return 0, fmt.Errorf("list map service-ips on %s: %w", site.Spec().Name, err)
 	}
-	return n, true, nil
+	return n, nil
 }
 
 func (nftables) Chain(context.Context, clusters.Site) ([]netip.AddrPort, error) { return nil, nil }

@@ -31,7 +31,7 @@ func (r *Run) Render(dir string) error {
 		files = append(files, file{f.file, png})
 	}
 	files = append(files, file{ReportFile, a.report()})
-	if err := makeDir(dir); err != nil {
+	if err := MakeDir(dir); err != nil {
 		return fmt.Errorf("render: %w", err)
 	}
 	for _, f := range files {
@@ -51,4 +51,5 @@ type analysis struct {
 	floors     []NoiseFloor
 	drifts     []drift
 	figures    []figure
+	notes      footnotes
 }

@@ -27,7 +27,7 @@ type Writer struct {
 // Create makes dir, where needed, and begins a run in it. A folder that holds
 // a run already is refused, so that no measurement is overwritten.
 func Create(dir string, env Environment) (*Writer, error) {
-	if err := makeDir(dir); err != nil {
+	if err := MakeDir(dir); err != nil {
 		return nil, fmt.Errorf("create run: %w", err)
 	}
 	name := filepath.Join(dir, RecordsFile)
@@ -39,7 +39,7 @@ func Create(dir string, env Environment) (*Writer, error) {
 		return nil, fmt.Errorf("create run: %w", err)
 	}
 	w := &Writer{dir: dir, file: f}
-	err = own(name)
+	err = Own(name)
 	if err == nil {
 		err = w.write([]byte(header(env)))
 	}
@@ -158,7 +158,7 @@ func writeFile(name string, b []byte) error {
 		return fmt.Errorf("write %s: %w", name, err)
 	}
 	_, err = f.Write(b)
-	err = errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close(), own(f.Name()))
+	err = errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close(), Own(f.Name()))
 	if err == nil {
 		err = os.Rename(f.Name(), name)
 	}
@@ -168,24 +168,24 @@ func writeFile(name string, b []byte) error {
 	return nil
 }
 
-// makeDir makes dir and the folders above it that do not exist, each owned like a run's files.
-func makeDir(dir string) error {
+// MakeDir makes dir and the folders above it that do not exist, each owned like a run's files.
+func MakeDir(dir string) error {
 	if _, err := os.Stat(dir); err == nil {
 		return nil
 	}
 	if parent := filepath.Dir(dir); parent != dir {
-		if err := makeDir(parent); err != nil {
+		if err := MakeDir(parent); err != nil {
 			return err
 		}
 	}
 	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	return own(dir)
+	return Own(dir)
 }
 
-// own gives name to the user who called sudo: a run needs root, its results do not.
-func own(name string) error {
+// Own gives name to the user who called sudo: a run needs root, its results do not.
+func Own(name string) error {
 	if os.Geteuid() != 0 {
 		return nil
 	}

@@ -27,7 +27,7 @@ func (connect) ThroughService() bool { return true }
 // visit, so that all walk the same Services.
 func (connect) Services(r *rung, site *site, target string, rng *rand.Rand, count int) []int {
 	if target == "random" {
-		picked := make([]int, min(count, r.services))
+		picked := make([]int, count)
 		for i := range picked {
 			picked[i] = rng.IntN(r.services)
 		}

@@ -6,7 +6,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -15,9 +18,25 @@ import (
 	"github.com/plimsoll-bench/plimsoll/clusters"
 	"github.com/plimsoll-bench/plimsoll/dataplane"
 	"github.com/plimsoll-bench/plimsoll/results"
+	"github.com/plimsoll-bench/plimsoll/scenarios/fleet"
 	"github.com/plimsoll-bench/plimsoll/scenarios/load"
 	"github.com/plimsoll-bench/plimsoll/scenarios/meters"
 )
+
+// pollPause is how often a client asks for the newest Service: often enough for a programming time, seldom enough to leave
+// the CPUs to the proxies.
+const pollPause = 20 * time.Millisecond
+
+// stillEvery is how often a person is told for whom a rung still waits.
+const stillEvery = 15 * time.Second
+
+// fleetValues say how long the fleet itself took to be written and shown, apart from any mode.
+func fleetValues(t fleet.Timing) []results.Value {
+	return []results.Value{
+		{Metric: "fleet-written", Unit: "ns", Value: float64(t.Written)},
+		{Metric: "fleet-listed", Unit: "ns", Value: float64(t.Listed)},
+	}
+}
 
 // programming is the scenario name of the records that this file writes: how long each mode took to carry a rung.
 const programming = "programming"
@@ -50,13 +69,38 @@ func (b *bench) program(ctx context.Context, r *rung) error {
 		b.numbers[b.fleet.Service(i).Address] = i
 	}
 	began := time.Now()
-	var mu sync.Mutex // guards the report
+	var mu sync.Mutex // guards the report and waiting
+	waiting := map[string]bool{}
+	for _, s := range live {
+		if s.ProxyCgroup() != "" {
+			waiting[s.name] = true
+		}
+	}
+	told, stop := context.WithCancel(ctx)
+	defer stop()
+	go func() {
+		still := time.NewTicker(stillEvery)
+		defer still.Stop()
+		for {
+			select {
+			case <-told.Done():
+				return
+			case <-still.C:
+			}
+			mu.Lock()
+			if len(waiting) > 0 {
+				b.report.Step(fmt.Sprintf("still waiting for %s (%s of at most %s)", strings.Join(slices.Sorted(maps.Keys(waiting)), ", "), time.Since(began).Round(time.Second), b.plan.ProgrammingLimit))
+			}
+			mu.Unlock()
+		}
+	}()
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		timing, err := b.fleet.Scale(gctx, r.services, nil)
 		if err != nil {
 			return err
 		}
+		r.timing = timing
 		mu.Lock()
 		defer mu.Unlock()
 		b.report.Step(fmt.Sprintf("the API server shows %d Services after %.1f s; waiting for the nodes to carry them", r.services, timing.Listed.Seconds()))
@@ -71,6 +115,7 @@ func (b *bench) program(ctx context.Context, r *rung) error {
 			}
 			mu.Lock()
 			defer mu.Unlock()
+			delete(waiting, s.name)
 			if p := outcomes[i]; p.late == "" && p.proxy {
 				b.report.Step(fmt.Sprintf("%s carries %d Services after %.1f s", s.name, r.services, p.took.Seconds()))
 			}
@@ -122,17 +167,17 @@ func (b *bench) awaitProgrammed(ctx context.Context, s *site, r *rung, began tim
 		if left <= 0 {
 			return late()
 		}
-		reply, err := s.load.client.Do(ctx, load.Request{Kind: load.Wait, Addresses: []netip.AddrPort{newest}, Limit: left})
+		reply, err := s.load.client.Do(ctx, load.Request{Kind: load.Wait, Addresses: []netip.AddrPort{newest}, Pause: pollPause, Limit: left})
 		if err != nil {
 			return p, err
 		}
 		if reply.Unsent > 0 {
-			counted, _, _ = s.mode.Programmed(ctx, s.Site) // best effort: it only completes the message
+			counted, _ = s.mode.Programmed(ctx, s.Site) // best effort: it only completes the message
 			return late()
 		}
 		answered := time.Now()
 		// Counting takes its time on a large rung; a proxy that is still at work gets as much between two counts.
-		if counted, _, err = s.mode.Programmed(limit, s.Site); err != nil && limit.Err() == nil {
+		if counted, err = s.mode.Programmed(limit, s.Site); err != nil && limit.Err() == nil {
 			return p, err
 		}
 		if counted == want {
@@ -155,7 +200,7 @@ func (b *bench) recordProgramming(ctx context.Context, r *rung, s *site, before 
 		s.lost = p.late
 		b.report.Warn(fmt.Sprintf("%s: %s; it is out of the run from here on", s.name, p.late))
 		if err := s.Freeze(ctx, true); err != nil {
-			return err
+			return fmt.Errorf("%s is late and cannot be stopped: %w", s.name, err)
 		}
 		return b.skip(r, s.name, p.late)
 	}
@@ -169,11 +214,11 @@ func (b *bench) recordProgramming(ctx context.Context, r *rung, s *site, before 
 	}
 	rec := b.record(r, programming, s.name, "fleet", 0)
 	rec.Count = int64(max(r.services-before, before-r.services))
-	rec.Values = []results.Value{
+	rec.Values = append(fleetValues(r.timing), []results.Value{
 		{Metric: "programming", Unit: "ns", Value: float64(p.took)},
 		{Metric: "proxy-programming-cpu", Unit: "ns", Value: float64(p.cpu)},
 		{Metric: "proxy-rss", Unit: "bytes", Value: float64(memory.RSS)},
-	}
+	}...)
 	return b.writer.Append(rec)
 }
 
@@ -214,7 +259,8 @@ func (b *bench) rest(ctx context.Context, r *rung) error {
 	}
 	err := g.Wait()
 	if err != nil && ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded) {
-		b.report.Warn(fmt.Sprintf("%d Services: a proxy was not at rest after %s: %v", r.services, restLimit, err))
+		r.warnings = append(r.warnings, fmt.Sprintf("a proxy was not at rest after %s: %v", restLimit, err))
+		b.report.Warn(fmt.Sprintf("%d Services: %s", r.services, r.warnings[len(r.warnings)-1]))
 		return nil
 	}
 	return err

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"k8s.io/client-go/kubernetes"
@@ -81,7 +82,10 @@ type rung struct {
 	services int
 	rounds   int
 	again    bool
-	sites    []*site // those that carry it
+	sites    []*site  // those that carry it
+	warnings []string // doubts about all of it
+	repeats  int      // work that was done again
+	timing   fleet.Timing
 }
 
 // bench is a run at work.
@@ -89,7 +93,6 @@ type bench struct {
 	plan      Plan
 	provider  clusters.Provider
 	scenarios []Scenario
-	modes     []dataplane.Mode
 	report    Reporter
 	writer    *results.Writer
 	samples   *samples
@@ -101,10 +104,11 @@ type bench struct {
 	fleet     *fleet.Fleet
 	numbers   map[netip.AddrPort]int // Service address → number in the fleet
 	rand      *rand.Rand
-	reference time.Duration // the fastest reading of the clients' reference so far
-	done      int           // visits
-	total     int           // visits, when no site falls out
-	repeats   int           // visits that were made again
+	// references are the fastest readings of the clients' reference in the round before and in this one: a CPU whose speed
+	// changes for good is at its full speed again a round later.
+	references [2]time.Duration
+	done       int // visits
+	total      int // visits, when no site falls out
 }
 
 // Run carries a plan out and leaves records.txt, environment.json and the raw samples in plan.Out; env gives what the caller
@@ -167,7 +171,6 @@ func (b *bench) prepare(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		b.modes = append(b.modes, m)
 		described := results.Mode{Name: m.Name(), Doc: m.Doc(), Floor: m.Floor()}
 		b.env.Modes = append(b.env.Modes, described)
 		if err := m.Supported(ctx); errors.Is(err, clusters.ErrNotSupported) {
@@ -232,16 +235,48 @@ func (b *bench) populate(ctx context.Context) error {
 		return err
 	}
 	for _, s := range b.sites {
-		// The API server's own Service is there before the fleet.
-		if s.base, _, err = s.mode.Programmed(ctx, s.Site); err != nil {
+		if s.ProxyCgroup() == "" {
+			continue
+		}
+		if s.base, err = s.awaitBase(ctx); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
+// baseLimit is how long a proxy may take for its first sync.
+const baseLimit = time.Minute
+
+// awaitBase counts the Service ports that the site carries before the fleet: the API server's own Service, once the proxy has
+// made its first sync.
+func (s *site) awaitBase(ctx context.Context) (int, error) {
+	ctx, cancel := context.WithTimeout(ctx, baseLimit)
+	defer cancel()
+	var last error
+	for {
+		n, err := s.mode.Programmed(ctx, s.Site)
+		if n > 0 {
+			return n, nil
+		}
+		if err != nil && ctx.Err() == nil {
+			last = err
+		}
+		select {
+		case <-ctx.Done():
+			if last != nil {
+				return 0, fmt.Errorf("%s made no first sync in %s: %w", s.name, baseLimit, last)
+			}
+			return 0, fmt.Errorf("%s made no first sync in %s: %w", s.name, baseLimit, context.Cause(ctx))
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
 // close ends the load and the cluster.
 func (b *bench) close(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
+	defer cancel()
 	var errs []error
 	for _, s := range b.sites {
 		if s.load != nil {
@@ -297,26 +332,32 @@ func (b *bench) visitRung(ctx context.Context, r *rung) error {
 	return b.freezeAll(ctx, false)
 }
 
-// goRound visits every site of the rung once, in random order. A visit that was disturbed goes to the end of the round, by
-// when what disturbed it may have passed.
+// goRound visits every site of the rung once, in random order. What was disturbed is done again at the end of the round, by
+// when it may have passed.
 func (b *bench) goRound(ctx context.Context, r *rung, round int) error {
-	made := map[*site]int{}
-	var queue []*site
+	b.references = [2]time.Duration{b.references[1]}
+	todo := b.work(r, round)
+	budget := repeatShare * float64(r.rounds*len(r.sites)*len(todo))
+	type turn struct {
+		site    *site
+		todo    []work
+		attempt int
+	}
+	var queue []turn
 	for _, i := range b.rand.Perm(len(r.sites)) {
-		queue = append(queue, r.sites[i])
+		queue = append(queue, turn{r.sites[i], todo, 1})
 	}
 	for len(queue) > 0 {
-		s := queue[0]
+		t := queue[0]
 		queue = queue[1:]
-		b.report.Progress(b.done, b.total, fmt.Sprintf("%d Services, round %d of %d: %s", r.services, round+1, r.rounds, s.name))
-		made[s]++
-		again, err := b.visit(ctx, r, s, round, made[s] < attempts && float64(b.repeats) < repeatShare*float64(b.total))
+		b.report.Progress(b.done, b.total, fmt.Sprintf("%d Services, round %d of %d: %s", r.services, round+1, r.rounds, t.site.name))
+		left, err := b.visit(ctx, r, t.site, round, t.todo, t.attempt < attempts && float64(r.repeats) < budget)
 		if err != nil {
-			return fmt.Errorf("%s: %w", s.name, err)
+			return fmt.Errorf("%s: %w", t.site.name, err)
 		}
-		if again {
-			b.repeats++
-			queue = append(queue, s)
+		if len(left) > 0 {
+			r.repeats += len(left)
+			queue = append(queue, turn{t.site, left, t.attempt + 1})
 			continue
 		}
 		b.done++
@@ -339,6 +380,6 @@ func (b *bench) freezeAll(ctx context.Context, frozen bool) error {
 func (b *bench) record(r *rung, scenario, mode, target string, round int) results.Record {
 	return results.Record{
 		Scenario: scenario, Provider: b.provider.Name(), Kernel: b.kernel, Mode: mode, Target: target,
-		Services: r.services, Endpoints: b.plan.Endpoints, Round: round, Again: r.again,
+		Services: r.services, Endpoints: b.plan.Endpoints, Round: round, Again: r.again, Warnings: slices.Clone(r.warnings),
 	}
 }

@@ -21,8 +21,8 @@ type Scenario interface {
 	Doc() string
 	// Targets are the groups of addresses that are measured apart.
 	Targets() []string
-	// Services picks the Services that stand for target on a site, as numbers in the fleet. count is the number of connects
-	// to come.
+	// Services picks the Services that stand for target on a site, as numbers in the fleet. count is the largest number of
+	// connects to come.
 	Services(r *rung, site *site, target string, rng *rand.Rand, count int) []int
 	// ThroughService is true when clients connect to a Service's address, false when to its endpoints' own. On a floor's
 	// node, which carries no Services, it is always the endpoints' own.
@@ -58,6 +58,7 @@ var Metrics = []Metric{
 	{"cpu-ns/op", "CPU per connect at the stated rate: client, server, kernel threads and softirq together"},
 	{"machine-cpu-ns/op", "the same from outside: the machine's wall clock × CPUs − idle; a cross-check that holds all else too"},
 	{"proxy-cpu-ns/op", "CPU of the proxy's processes alone in the same time"},
+	{"fleet-listed-ns", "until the API server's LISTs showed the rung's Services, counted from the first write"},
 	{"programming-ns", "from the first write of a rung's Services until the newest answers and the rules or maps count N"},
 	{"proxy-programming-cpu-ns", "CPU that the proxy's processes used for that"},
 	{"proxy-rss-bytes", "resident memory of the proxy's processes once the rung is programmed"},

@@ -18,64 +18,90 @@ import (
 const (
 	// otherShare is how much of the machine all else may use during a visit before the visit is repeated.
 	otherShare = 0.05
-	// attempts is how often a round makes a visit before its last result stands, with a warning.
-	attempts = 3
-	// repeatShare bounds all repeats of a run, as a share of its visits: on a machine that is never quiet they would triple
-	// its time and cure nothing.
-	repeatShare = 0.1
+	// attempts is how often a round does the same work before its last result stands, with a warning.
+	attempts = 4
+	// repeatShare bounds the repeats at a rung, as a share of its work: on a machine that is never quiet they would triple the
+	// time and cure nothing.
+	repeatShare = 0.25
 	// quietSlack is how much slower than its fastest the CPU may be for a connect to count (load.Request.Quiet).
 	quietSlack = 0.1
-	// minQuiet is how many such connects a median can stand on; with fewer, all count.
+	// minQuiet is how many such connects a median can stand on; with fewer there is none.
 	minQuiet = 50
-	// closedLimit bounds the closed loop of one target, on slow modes and disturbed machines.
-	closedLimit = 800 * time.Millisecond
+	// closedLimit bounds the closed loop of one target, on slow modes and disturbed machines. A connect that times out in it
+	// is counted.
+	closedLimit = connectTimeout
 	// burst is how many of the paced connects are due together.
 	burst = 10
 	// connectTimeout is when a connect counts as timed out.
 	connectTimeout = time.Second
 )
 
-// visit lets one site run alone and measures every scenario and target on it. A visit that something disturbed is void when
-// it may be made again, which again then asks for; otherwise its records say what disturbed it.
-func (b *bench) visit(ctx context.Context, r *rung, s *site, round int, mayRepeat bool) (again bool, err error) {
-	if err := s.Freeze(ctx, false); err != nil {
-		return false, err
+// work is one scenario and target of a visit.
+type work struct {
+	scenario Scenario
+	target   string
+	seed     uint64 // of the Services and of the order in which they are connected to
+}
+
+// work lists what every visit of a round does, in random order: none of the targets is always the one right after the thaw.
+// Every site of a round draws the same numbers, so that all connect to the same random Services.
+func (b *bench) work(r *rung, round int) []work {
+	rng := rand.New(rand.NewPCG(b.plan.Seed, uint64(r.services)<<20|uint64(round)))
+	var all []work
+	for _, sc := range b.scenarios {
+		for _, target := range sc.Targets() {
+			all = append(all, work{sc, target, rng.Uint64()})
+		}
 	}
-	records, doubts, err := b.measure(ctx, r, s, round)
+	rng.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	return all
+}
+
+// visit lets one site run alone and does the work on it. What something disturbed is void when it may be done again, and
+// returned as left to do; otherwise its records say what disturbed it.
+func (b *bench) visit(ctx context.Context, r *rung, s *site, round int, todo []work, mayRepeat bool) (left []work, err error) {
+	if err := s.Freeze(ctx, false); err != nil {
+		return nil, err
+	}
+	all, doubts, err := b.measure(ctx, r, s, round, todo)
 	if err != nil {
-		return false, err
+		return nil, err
 	}
 	if err := s.Freeze(ctx, true); err != nil {
-		return false, err
+		return nil, err
 	}
-	if len(doubts) > 0 && mayRepeat {
-		b.report.Warn(fmt.Sprintf("%s, %d Services, round %d: %s; the visit is repeated", s.name, r.services, round+1, strings.Join(doubts, "; ")))
-		return true, nil
-	}
-	for _, m := range records {
-		m.record.Warnings = append(m.record.Warnings, doubts...)
+	for _, m := range all {
+		if mayRepeat && (m.doubt != "" || len(doubts) > 0) {
+			left = append(left, m.work)
+			if m.doubt != "" {
+				doubts = append(slices.Clip(doubts), m.work.target+": "+m.doubt)
+			}
+			continue
+		}
 		if err := b.writer.Append(m.record); err != nil {
-			return false, err
+			return nil, err
 		}
 		if err := b.samples.append(m); err != nil {
-			return false, err
+			return nil, err
 		}
 	}
-	return false, nil
+	if len(left) > 0 {
+		b.report.Warn(fmt.Sprintf("%s, %d Services, round %d, done again: %s", s.name, r.services, round+1, strings.Join(doubts, "; ")))
+	}
+	return left, nil
 }
 
 // measured is one record with the samples that it sums up.
 type measured struct {
+	work      work
 	record    results.Record
 	latencies []int64 // those that the figures are of
 	disturbed []int64 // those that were made while the CPU was not at its full speed
-	doubt     string  // why the visit should not count; empty when nothing is wrong
+	doubt     string  // why it should be done again; empty when nothing is wrong
 }
 
-// measure makes one attempt at a visit. The doubts that it returns say why it should not count.
-func (b *bench) measure(ctx context.Context, r *rung, s *site, round int) (records []measured, doubts []string, err error) {
-	// Every site of a round draws the same numbers, so that all connect to the same random Services.
-	rng := rand.New(rand.NewPCG(b.plan.Seed, uint64(r.services)<<20|uint64(round)))
+// measure makes one attempt at the work. The doubts that it returns are about all of it.
+func (b *bench) measure(ctx context.Context, r *rung, s *site, round int, todo []work) (all []measured, doubts []string, err error) {
 	overflows, err := s.load.overflows(ctx)
 	if err != nil {
 		return nil, nil, err
@@ -84,49 +110,55 @@ func (b *bench) measure(ctx context.Context, r *rung, s *site, round int) (recor
 	if err != nil {
 		return nil, nil, err
 	}
-	for _, sc := range b.scenarios {
-		for _, target := range sc.Targets() {
-			services := sc.Services(r, s, target, rng, b.plan.Connects)
-			m, err := b.measureTarget(ctx, s, b.record(r, sc.Name(), s.name, target, round), load.Request{
-				Addresses: addresses(b.fleet, services, sc.ThroughService() && s.mode.Floor() != ""),
-				Seed:      rng.Uint64(), Timeout: connectTimeout,
-			})
-			if err != nil {
-				return nil, nil, fmt.Errorf("%s %s: %w", sc.Name(), target, err)
-			}
-			records = append(records, m)
-			if m.doubt != "" {
-				doubts = append(doubts, m.doubt)
-			}
+	for _, w := range todo {
+		services := w.scenario.Services(r, s, w.target, rand.New(rand.NewPCG(w.seed, 0)), load.QuietPatience*b.plan.Connects)
+		m, err := b.measureTarget(ctx, s, b.record(r, w.scenario.Name(), s.name, w.target, round), load.Request{
+			Addresses: addresses(b.fleet, services, w.scenario.ThroughService() && s.mode.Floor() != ""),
+			Seed:      w.seed, Timeout: connectTimeout,
+		})
+		if err != nil {
+			return nil, nil, fmt.Errorf("%s %s: %w", w.scenario.Name(), w.target, err)
 		}
+		m.work = w
+		all = append(all, m)
 	}
 	after, err := s.meters().Read()
 	if err != nil {
 		return nil, nil, err
 	}
 	other := after.Since(before).OtherShare()
-	for i := range records {
-		records[i].record.Values = append(records[i].record.Values, results.Value{Metric: "other-cpu", Unit: "percent", Value: other * 100})
+	disturb := func(doubt string) {
+		doubts = append(doubts, doubt)
+		for i := range all {
+			all[i].record.Warnings = append(all[i].record.Warnings, doubt)
+		}
+	}
+	for i := range all {
+		all[i].record.Values = append(all[i].record.Values, results.Value{Metric: "other-cpu", Unit: "percent", Value: other * 100})
 	}
 	if other > otherShare {
-		doubts = append(doubts, fmt.Sprintf("everything else used %.0f %% of the machine", other*100))
+		disturb(fmt.Sprintf("everything else used %.0f %% of the machine", other*100))
 	}
 	now, err := s.load.overflows(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
 	if now > overflows {
-		doubts = append(doubts, fmt.Sprintf("%d connections found the accept queue full", now-overflows))
+		disturb(fmt.Sprintf("%d connections found the accept queue full", now-overflows))
 	}
 	chain, err := b.readChain(ctx, s)
 	if err != nil {
 		return nil, nil, err
 	}
 	if !slices.Equal(chain, s.chain) {
-		doubts = append(doubts, "the order of the chain changed")
 		s.chain = chain
+		for i := range all {
+			all[i].record.Values = nil
+			all[i].record.Warnings = append(all[i].record.Warnings, "void: the order of the chain changed")
+		}
+		doubts = append(doubts, "the order of the chain changed")
 	}
-	return records, doubts, nil
+	return all, doubts, nil
 }
 
 // meters are set to the site's own processes; all other CPU time is somebody else's.
@@ -143,17 +175,23 @@ func (s *site) meters() meters.Site {
 func (b *bench) measureTarget(ctx context.Context, s *site, record results.Record, request load.Request) (measured, error) {
 	closed := request
 	closed.Count, closed.Warmup, closed.Limit = b.plan.Connects, b.plan.Warmup, closedLimit
-	closed.Quiet, closed.Reference = quietSlack, b.reference
+	closed.Quiet, closed.Reference = quietSlack, b.reference()
 	fast, err := s.load.client.Do(ctx, closed)
 	if err != nil {
 		return measured{}, err
 	}
-	b.reference = fast.Reference
-	latencies, doubt := fast.Latencies, ""
-	if len(latencies) < minQuiet {
-		doubt = fmt.Sprintf("%s: the CPU was at its full speed during %d of %d connects only, and all of them count", record.Target, len(latencies), len(latencies)+len(fast.Disturbed))
-		latencies = append(latencies, fast.Disturbed...)
+	b.references[1] = fast.Reference
+	m := measured{latencies: fast.Latencies, disturbed: fast.Disturbed}
+	if made := len(fast.Latencies) + len(fast.Disturbed); len(fast.Latencies) < minQuiet && made >= minQuiet {
+		m.doubt = fmt.Sprintf("the CPU was at its full speed during %d of %d connects only", len(fast.Latencies), made)
+		record.Warnings = append(record.Warnings, "no latency: "+m.doubt)
+	} else if made < minQuiet {
+		m.doubt = fmt.Sprintf("%d connects succeeded in %s", made, closedLimit)
+		record.Warnings = append(record.Warnings, "no latency: "+m.doubt)
+	} else {
+		record.Values = latencyValues(fast)
 	}
+	request.Seed++ // other Services than the closed loop has just warmed
 	request.Count, request.Rate, request.Burst, request.Limit = b.plan.PacedConnects, b.plan.Rate, burst, time.Minute
 	if err := s.load.client.Prepare(ctx, request); err != nil {
 		return measured{}, err
@@ -173,9 +211,6 @@ func (b *bench) measureTarget(ctx context.Context, s *site, record results.Recor
 	if err != nil {
 		return measured{}, err
 	}
-	if len(latencies) == 0 || len(paced.Latencies) == 0 {
-		return measured{}, fmt.Errorf("no connect succeeded: %v %v", fast.Errors, paced.Errors)
-	}
 	for _, reply := range []load.Reply{fast, paced} {
 		record.Count += int64(len(reply.Latencies) + len(reply.Disturbed))
 		record.Errors += reply.Failed() + reply.Unsent
@@ -183,21 +218,40 @@ func (b *bench) measureTarget(ctx context.Context, s *site, record results.Recor
 			record.Warnings = append(record.Warnings, fmt.Sprintf("%d × %s", n, name))
 		}
 	}
-	latency := load.Summarize(latencies)
-	used := after.Since(before)
-	perOperation := func(d time.Duration) float64 { return float64(d) / float64(int64(len(paced.Latencies))+paced.Failed()) }
-	record.Values = []results.Value{
+	if n := int64(len(paced.Latencies)) + paced.Failed(); n > 0 {
+		used := after.Since(before)
+		perOperation := func(d time.Duration) float64 { return float64(d) / float64(n) }
+		record.Values = append(record.Values,
+			results.Value{Metric: "cpu", Unit: "ns/op", Value: perOperation(used.Path())},
+			results.Value{Metric: "machine-cpu", Unit: "ns/op", Value: perOperation(used.Machine - used.Harness)})
+		if s.ProxyCgroup() != "" {
+			record.Values = append(record.Values, results.Value{Metric: "proxy-cpu", Unit: "ns/op", Value: perOperation(used.Proxy)})
+		}
+	}
+	if paced.Late > int64(b.plan.PacedConnects)/10 {
+		record.Warnings = append(record.Warnings, fmt.Sprintf("%d of %d paced connects began late: the rate was not kept", paced.Late, b.plan.PacedConnects))
+	}
+	m.record = record
+	return m, nil
+}
+
+// latencyValues are the figures of the connects that count.
+func latencyValues(r load.Reply) []results.Value {
+	latency := load.Summarize(r.Latencies)
+	return []results.Value{
 		{Metric: "p50", Unit: "ns", Value: float64(latency.P50)},
 		{Metric: "p90", Unit: "ns", Value: float64(latency.P90)},
 		{Metric: "p99", Unit: "ns", Value: float64(latency.P99)},
 		{Metric: "max", Unit: "ns", Value: float64(latency.Max)},
 		{Metric: "mean", Unit: "ns", Value: latency.Mean},
-		{Metric: "quiet", Unit: "percent", Value: 100 * float64(len(fast.Latencies)) / float64(len(fast.Latencies)+len(fast.Disturbed))},
-		{Metric: "cpu", Unit: "ns/op", Value: perOperation(used.Path())},
-		{Metric: "machine-cpu", Unit: "ns/op", Value: perOperation(used.Machine)},
+		{Metric: "quiet", Unit: "percent", Value: 100 * float64(len(r.Latencies)) / float64(len(r.Latencies)+len(r.Disturbed))},
 	}
-	if s.ProxyCgroup() != "" {
-		record.Values = append(record.Values, results.Value{Metric: "proxy-cpu", Unit: "ns/op", Value: perOperation(used.Proxy)})
+}
+
+// reference is the fastest reading in this round and the one before; 0 when there is none.
+func (b *bench) reference() time.Duration {
+	if b.references[0] == 0 || b.references[1] != 0 && b.references[1] < b.references[0] {
+		return b.references[1]
 	}
-	return measured{record: record, latencies: latencies, disturbed: fast.Disturbed, doubt: doubt}, nil
+	return b.references[0]
 }

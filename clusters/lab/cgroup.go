@@ -50,9 +50,13 @@ func (c *cgroup) freeze(ctx context.Context, frozen bool) error {
 	return c.await(ctx, "frozen "+word)
 }
 
+// settleLimit is how long processes may take to freeze or die: each does so when it leaves the kernel, and a large rule set
+// is one long stay there.
+const settleLimit = 2 * time.Minute
+
 // await returns when cgroup.events holds the line.
 func (c *cgroup) await(ctx context.Context, line string) error {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, settleLimit)
 	defer cancel()
 	return poll(ctx, "cgroup "+c.dir+" to be "+line, func() (bool, error) {
 		b, err := os.ReadFile(filepath.Join(c.dir, "cgroup.events"))

@@ -12,7 +12,6 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"golang.org/x/sync/errgroup"
@@ -180,7 +179,7 @@ func (l *lab) Err() error {
 // Close ends every process of the lab at once and removes what it made. The cluster's state is worth nothing without it,
 // so nothing is asked to end in good order.
 func (l *lab) Close(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 2*settleLimit)
 	defer cancel()
 	l.stop()
 	var errs []error

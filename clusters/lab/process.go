@@ -31,9 +31,6 @@ type command struct {
 	Log string
 	// Pipes connects standard input and output to the caller.
 	Pipes bool
-	// PrivateMounts gives the process a mount namespace of its own, so that what it mounts is not seen outside and is
-	// gone with it.
-	PrivateMounts bool
 }
 
 // process is a running command.
@@ -70,9 +67,6 @@ func (r *run) start(c command) (*process, error) {
 		// Subtle: a group of its own keeps Ctrl-C at the terminal from ending it before this program has said how.
 		Setpgid: true,
 	}
-	if c.PrivateMounts {
-		p.cmd.SysProcAttr.Unshareflags = syscall.CLONE_NEWNS
-	}
 	if c.Pipes {
 		p.cmd.Stdout = nil
 		if p.stdin, err = p.cmd.StdinPipe(); err != nil {
@@ -100,7 +94,7 @@ func (r *run) start(c command) (*process, error) {
 	return p, nil
 }
 
-// failure adds the command's line and the end of its output to the way in which it ended.
+// failure adds the command's line and its log's last line to the way in which it ended.
 func (p *process) failure(err error) error {
 	end := "ended"
 	if err != nil {
@@ -109,16 +103,14 @@ func (p *process) failure(err error) error {
 	return fmt.Errorf("%s (%s): %s%s", p.Name, strings.Join(p.Argv, " "), end, logTail(p.Log))
 }
 
-// logTail is the last kilobyte of a log, on lines of its own; empty when there is none.
+// logTail names a log and quotes its last line; empty when there is none.
 func logTail(path string) string {
 	b, err := os.ReadFile(path)
-	if err != nil || len(b) == 0 {
-		return ""
+	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
+	if last := lines[len(lines)-1]; err == nil && last != "" {
+		return fmt.Sprintf("; %s ends: %s", path, last)
 	}
-	if len(b) > 1024 {
-		b = b[len(b)-1024:]
-	}
-	return "; the end of " + path + ":\n" + strings.TrimSpace(string(b))
+	return ""
 }
 
 // Done is closed when the process has ended; Err then says how.
@@ -160,6 +152,10 @@ func (p *process) Close(ctx context.Context) error {
 	if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("kill %s: %w", p.Name, err)
 	}
-	<-p.done
-	return nil
+	select {
+	case <-p.done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for %s to end: %w", p.Name, ctx.Err())
+	}
 }

@@ -133,7 +133,7 @@ func (n *node) agentCommand(kubeconfig string) (command, error) {
 	if p := n.spec.MinSyncPeriod; p != nil {
 		argv = append(argv, "--min-sync-period", p.String())
 	}
-	return command{Name: "agent", Argv: argv, PrivateMounts: true}, nil
+	return command{Name: "agent", Argv: argv}, nil
 }
 
 // installConntrackHooks puts an inert table into the node: one conntrack rule and empty NAT chains. The kernel counts
@@ -164,7 +164,7 @@ func (n *node) installConntrackHooks(ctx context.Context) error {
 	})
 }
 
-// awaitHealthy returns when the proxy's health check answers 200, which both kinds do after their first sync.
+// awaitHealthy returns when the proxy's health check answers 200: it runs, and nothing has gone wrong so far.
 func (n *node) awaitHealthy(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, 90*time.Second, errors.New("not within 90 s"))
 	defer cancel()

@@ -70,6 +70,10 @@ func newRun(name, dir string) (*run, error) {
 	if _, err := os.Stat(r.stateFile()); err == nil {
 		return nil, fmt.Errorf("a run named %s stands in %s already: plimsoll clean removes what is left of it", name, StateDir)
 	}
+	// A folder that is there already is not ours to remove.
+	if _, err := os.Stat(r.state.Cgroup); err == nil {
+		return nil, fmt.Errorf("cgroup %s is there already: plimsoll clean removes what a run left", r.state.Cgroup)
+	}
 	if err := r.save(); err != nil {
 		return nil, err
 	}
@@ -87,7 +91,7 @@ func (r *run) save() error {
 	if err != nil {
 		return err
 	}
-	tmp := r.stateFile() + ".new"
+	tmp := filepath.Join(StateDir, "."+r.name)
 	if err := os.WriteFile(tmp, append(b, '\n'), 0o644); err != nil {
 		return fmt.Errorf("write the state file: %w", err)
 	}
@@ -229,7 +233,10 @@ func poll(ctx context.Context, what string, f func() (bool, error)) error {
 		}
 		select {
 		case <-ctx.Done():
-			return errors.Join(fmt.Errorf("wait for %s: %w", what, context.Cause(ctx)), err)
+			if err != nil {
+				return fmt.Errorf("wait for %s: %w (%w)", what, context.Cause(ctx), err)
+			}
+			return fmt.Errorf("wait for %s: %w", what, context.Cause(ctx))
 		case <-t.C:
 		}
 	}

@@ -64,7 +64,8 @@ type Request struct {
 	Burst int `json:"burst,omitempty"`
 	// Quiet, when above zero, counts only what was connected while the CPU ran at its full speed: while a reference, a short
 	// run of getppid(2), took no longer than 1+Quiet times the fastest that was ever seen. The rest is kept apart in
-	// Reply.Disturbed, and the request goes on, up to 32 times Count, until Count are quiet. Connect in a closed loop only.
+	// Reply.Disturbed, and the request goes on, up to QuietPatience times Count, until Count are quiet. Connect in a closed
+	// loop only.
 	Quiet float64 `json:"quiet,omitempty"`
 	// Reference is the fastest reading of the reference that the caller knows of; zero knows none.
 	Reference time.Duration `json:"reference,omitempty"`
@@ -141,7 +142,7 @@ type Reply struct {
 	Answered map[string]int64 `json:"answered,omitempty"`
 	// Late counts operations that began more than one interval after they were due. They were sent all the same.
 	Late int64 `json:"late,omitempty"`
-	// Unsent counts operations that Limit cut off; for Wait, addresses that did not answer within it.
+	// Unsent counts operations that Limit cut off (never with Request.Quiet, which asks for no exact number); for Wait, addresses that did not answer within it.
 	Unsent int64 `json:"unsent,omitempty"`
 	// Began is the wall clock when the first recorded operation was due; Elapsed runs from there to the last return.
 	// For Wait that is the moment when the last address answered.

@@ -20,14 +20,15 @@ const (
 	referenceCalls = 32
 	// slice is how long connects go on between two readings; a connect that takes longer has a slice of its own.
 	slice = 300 * time.Microsecond
-	// patience is how many times Count is connected at most for Count that are quiet.
-	patience = 32
 )
+
+// QuietPatience is how many times Count is connected at most for Count that are quiet.
+const QuietPatience = 16
 
 // operations is how many connects a request makes at most.
 func (r Request) operations() int {
 	if r.Quiet > 0 {
-		return patience * r.Count
+		return QuietPatience * r.Count
 	}
 	return r.Count
 }
