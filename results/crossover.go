@@ -130,6 +130,14 @@ type drift struct {
 	beyond, known bool
 }
 
+// distance returns how far the second visit is from the first, in noise floors, or as a share of the first where there is none.
+func (d drift) distance() float64 {
+	if d.known && d.floor > 0 {
+		return math.Abs(d.again-d.first) / d.floor
+	}
+	return math.Abs(d.again/d.first - 1)
+}
+
 // drifts returns the visits of the smallest rung at the end, in the order of the report. What is measured once a rung has none: programming goes
 // up the ladder, and down at the end.
 func (t *table) drifts() []drift {

@@ -17,7 +17,7 @@ import (
 // figure is one picture: panels that share their axes.
 type figure struct {
 	file, title, subtitle, yLabel string
-	place                         place
+	key                           key     // its target is "" if the picture shows several
 	divisor                       float64 // of the metric's unit to that of the y axis
 	logY                          bool
 	panels                        []panel
@@ -37,6 +37,9 @@ type trace struct {
 	// endsEarly says that the ladder goes on where the mode was skipped.
 	endsEarly bool
 }
+
+// logRange is the ratio of largest to smallest median from which on the y axis is logarithmic.
+const logRange = 30
 
 type point struct {
 	services    float64
@@ -123,7 +126,7 @@ func parseColor(s string) (color.NRGBA, bool) {
 	return color.NRGBA{R: uint8(v >> 16), G: uint8(v >> 8), B: uint8(v), A: 255}, true
 }
 
-// plan lists the pictures of the run: one a scenario and metric, with a panel for each target, and
+// plan lists the pictures of the run: one a scenario and pictured metric, with a panel for each target, and
 // one of the chain's tail by itself, which is what the README shows.
 func (t *table) plan() []figure {
 	var out []figure
@@ -131,6 +134,9 @@ func (t *table) plan() []figure {
 	places := t.places()
 	for _, group := range t.groups() {
 		first := group[0]
+		if !about(first.metric).picturedIn(first.scenario) {
+			continue
+		}
 		name := first.scenario
 		if first.metric != t.mainMetric(first) {
 			name += "-" + fileName(first.metric)
@@ -153,18 +159,25 @@ func (t *table) plan() []figure {
 	return slices.DeleteFunc(out, func(f figure) bool { return len(f.panels) == 0 })
 }
 
+// missing returns the modes that were skipped at every rung of k.
+func (t *table) missing(k key) []string {
+	var out []string
+	for _, m := range t.modes {
+		if rungs, _ := t.skippedAt(k, m.Name); len(rungs) > 0 && t.series[k][m.Name] == nil {
+			out = append(out, m.Name)
+		}
+	}
+	return out
+}
+
 // groups returns the keys that differ in their target alone, in the order of the report.
 func (t *table) groups() [][]key {
 	var out [][]key
 	for _, k := range t.keys {
 		n := len(out)
-		if n > 0 {
-			same := out[n-1][0]
-			same.target = k.target
-			if same == k {
-				out[n-1] = append(out[n-1], k)
-				continue
-			}
+		if n > 0 && out[n-1][0].group() == k.group() {
+			out[n-1] = append(out[n-1], k)
+			continue
 		}
 		out = append(out, []key{k})
 	}
@@ -216,7 +229,10 @@ func fileName(s string) string {
 // figure gathers what a picture shows of keys that differ in their target alone.
 func (t *table) figure(file string, keys []key, styles map[string]lineStyle) figure {
 	k := keys[0]
-	f := figure{file: file, place: k.place()}
+	f := figure{file: file, key: k}
+	if len(keys) > 1 {
+		f.key = k.group()
+	}
 	top, bottom, rounds, last := 0.0, math.Inf(1), 0, 0
 	for _, k := range keys {
 		p := panel{title: targetWords(k.scenario, k.target)}
@@ -256,9 +272,12 @@ func (t *table) figure(file string, keys []key, styles map[string]lineStyle) fig
 		}
 	}
 	unit, divisor := scaleOf(top, k.unit)
-	f.divisor, f.yLabel = divisor, metricWords(k.metric)+", "+unit
-	// Where one mode is hundreds of times another, a linear axis shows only the one.
-	f.logY = bottom > 0 && top/bottom > 200
+	f.divisor, f.yLabel = divisor, about(k.metric).words+", "+unit
+	// Where one mode is dozens of times another, a linear axis shows only the one.
+	f.logY = bottom > 0 && top/bottom > logRange
+	if f.logY {
+		f.yLabel += " (log scale)"
+	}
 	f.title = fmt.Sprintf("%s by number of Services (%s)", upperFirst(figureWords(k.scenario, "", k.metric)), unit)
 	if len(keys) == 1 {
 		f.title = fmt.Sprintf("%s by number of Services (%s)", upperFirst(figureWords(k.scenario, k.target, k.metric)), unit)
@@ -276,6 +295,9 @@ func (t *table) figure(file string, keys []key, styles map[string]lineStyle) fig
 	f.subtitle = fmt.Sprintf("lower is better · %s · kernel %s, %s, %s a Service", measured, k.kernel, k.provider, plural(k.endpoints, "endpoint"))
 	if early {
 		f.subtitle += " · ×: skipped beyond"
+	}
+	if missing := t.missing(k); len(missing) > 0 {
+		f.subtitle += " · skipped: " + strings.Join(missing, ", ")
 	}
 	return f
 }

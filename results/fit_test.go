@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"strings"
 	"testing"
 )
 
@@ -102,6 +103,40 @@ func TestFewRungs(t *testing.T) {
 		if rungs >= 3 && !(f.low > 10 && f.high < 20) {
 			t.Errorf("%d rungs: slope %.1f in (%.1f, %.1f), want about 15 and a useful interval", rungs, f.slope, f.low, f.high)
 		}
+	}
+}
+
+// With three and four rungs no law is named, but growth is: seldom where there is none, and always where iptables pays.
+func TestGrowthOfFewRungs(t *testing.T) {
+	for _, ladder := range [][]int{{100, 1000, 5000}, {100, 1000, 5000, 10000}} {
+		for _, rho := range []float64{0.003, 0.01} {
+			for slope, limits := range map[float64][2]float64{0: {0, 0.05}, 2.7: {0.95, 1}, 15: {0.95, 1}} {
+				t.Run(fmt.Sprintf("%s/slope=%g", settingName(len(ladder), 6, rho, 0.007), slope), func(t *testing.T) {
+					runs, slack := simulations(300)
+					rng := rand.New(rand.NewPCG(uint64(len(ladder)), 6))
+					grow := 0
+					for range runs {
+						d, aa := noisyRungs(rng, ladder, 6, rho, 0.007, func(n float64) float64 { return 20500 + slope*n })
+						noise := noiseOf(aa)
+						if fit(d, noise, rng).grows(noise.floor) {
+							grow++
+						}
+					}
+					if share := float64(grow) / float64(runs); share < limits[0]-slack || share > limits[1]+slack {
+						t.Errorf("%.1f %% are said to grow, want %g to %g", 100*share, limits[0], limits[1])
+					}
+				})
+			}
+		}
+	}
+}
+
+func TestOneRoundHasNoInterval(t *testing.T) {
+	rng := rand.New(rand.NewPCG(1, 1))
+	d, aa := noisyRungs(rng, sixRungs, 1, 0.003, 0.007, func(n float64) float64 { return 22000 + 15*n })
+	f := fit(d, noiseOf(aa), rng)
+	if f.model != Undecided || !math.IsNaN(f.low) || !math.IsNaN(f.high) || !(f.slope > 10 && f.slope < 20) || !strings.Contains(f.note, "one measurement") {
+		t.Errorf("one round: %+v", f)
 	}
 }
 

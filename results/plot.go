@@ -52,7 +52,11 @@ func (f *figure) png() ([]byte, error) {
 	img := vgimg.NewWith(vgimg.UseWH(figureWidth, total), vgimg.UseDPI(figureDPI), vgimg.UseBackgroundColor(color.White))
 	c := draw.New(img)
 	margin := vg.Length(8)
-	c.FillText(textStyle(13, ink, true), vg.Point{X: margin, Y: total - 20}, f.title)
+	title := textStyle(13, ink, true)
+	if w := title.Width(f.title); w > figureWidth-2*margin {
+		title.Font.Size *= (figureWidth - 2*margin) / w
+	}
+	c.FillText(title, vg.Point{X: margin, Y: total - 20}, f.title)
 	c.FillText(textStyle(9.5, muted, false), vg.Point{X: margin, Y: total - 36}, f.subtitle)
 	scale := f.axes()
 	for i, p := range f.panels {
@@ -145,6 +149,9 @@ func (f *figure) drawPanel(c draw.Canvas, p panel, a axes, size vg.Length, small
 	pl.X.Tick.Marker = plot.ConstantTicks(rungTicks(a, width, float64(size), small))
 	pl.Y.Tick.Marker = plot.ConstantTicks(yTicks(a, f.logY))
 	pl.Add(grid{pl.Y.Tick.Marker})
+	for _, l := range p.lines {
+		pl.Add(band{l, f.divisor})
+	}
 	// Floors last: they are thin, and a mode that costs as little lies on them.
 	for _, floors := range []bool{false, true} {
 		for _, l := range p.lines {
@@ -182,13 +189,19 @@ func rungTicks(a axes, width, size float64, small bool) []plot.Tick {
 	return out
 }
 
-// yTicks are round numbers: about five on a linear axis, powers of ten on a logarithmic one.
+// yTicks are round numbers: about five on a linear axis, on a logarithmic one powers of ten, and between them 2 and 5 where there are few.
 func yTicks(a axes, logarithmic bool) []plot.Tick {
 	var out []plot.Tick
 	if logarithmic {
+		steps := []float64{1, 2, 5}
+		if a.yMax/a.yMin > 3000 {
+			steps = []float64{1}
+		}
 		for e := math.Floor(math.Log10(a.yMin)); e <= math.Log10(a.yMax); e++ {
-			if v := math.Pow(10, e); v >= a.yMin {
-				out = append(out, plot.Tick{Value: v, Label: tickLabel(v)})
+			for _, m := range steps {
+				if v := m * math.Pow(10, e); v >= a.yMin && v <= a.yMax {
+					out = append(out, plot.Tick{Value: v, Label: tickLabel(v)})
+				}
 			}
 		}
 		return out
@@ -224,7 +237,43 @@ func (g grid) Plot(c draw.Canvas, p *plot.Plot) {
 	}
 }
 
-// curve draws one mode: its band, its line, its markers, and a cross where it had to stop.
+// at returns where n Services and the value v are in the picture; what leaves it stays at its edge.
+func (l trace) at(c *draw.Canvas, p *plot.Plot, divisor float64) func(n, v float64) vg.Point {
+	x, y := p.Transforms(c)
+	return func(n, v float64) vg.Point {
+		return vg.Point{X: x(n), Y: y(min(max(v/divisor, p.Y.Min), p.Y.Max))}
+	}
+}
+
+// band draws the intervals of one mode. It is drawn before all lines: several bands on a line would hide its colour.
+type band struct {
+	trace
+	divisor float64
+}
+
+var _ plot.Plotter = band{}
+
+func (l band) Plot(c draw.Canvas, p *plot.Plot) {
+	at := l.at(&c, p, l.divisor)
+	var upper, lower []vg.Point
+	for _, pt := range l.points {
+		if pt.hasInterval {
+			upper, lower = append(upper, at(pt.services, pt.top)), append(lower, at(pt.services, pt.low))
+		}
+	}
+	if len(upper) < 2 {
+		return
+	}
+	slices.Reverse(lower)
+	fill := l.style.color
+	fill.A = 40
+	if l.style.floor {
+		fill.A = 28
+	}
+	c.FillPolygon(fill, append(upper, lower...))
+}
+
+// curve draws one mode: its line, its markers, and a cross where it had to stop.
 type curve struct {
 	trace
 	divisor float64
@@ -233,22 +282,10 @@ type curve struct {
 var _ plot.Plotter = curve{}
 
 func (l curve) Plot(c draw.Canvas, p *plot.Plot) {
-	x, y := p.Transforms(&c)
-	at := func(n, v float64) vg.Point {
-		return vg.Point{X: x(n), Y: y(min(max(v/l.divisor, p.Y.Min), p.Y.Max))}
-	}
-	var upper, lower, line []vg.Point
+	at := l.at(&c, p, l.divisor)
+	var line []vg.Point
 	for _, pt := range l.points {
 		line = append(line, at(pt.services, pt.y))
-		if pt.hasInterval {
-			upper, lower = append(upper, at(pt.services, pt.top)), append(lower, at(pt.services, pt.low))
-		}
-	}
-	slices.Reverse(lower)
-	if len(upper) > 1 {
-		band := l.style.color
-		band.A = 46
-		c.FillPolygon(band, append(upper, lower...))
 	}
 	c.StrokeLines(draw.LineStyle{Color: l.style.color, Width: l.style.width, Dashes: l.style.dash}, line)
 	for _, pt := range line {

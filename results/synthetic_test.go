@@ -101,10 +101,20 @@ func (s synthetic) run() *Run {
 						noise := func() float64 { return effect[m.Name] * (1 + s.sigma*rng.NormFloat64()) }
 						y := cost(m.Name, v[0], v[1], float64(step.n))
 						r.Count = 2000
+						p50, p99, cpu := y*noise(), 2*y*noise(), 1.5*y*noise()
 						r.Values = []Value{
-							{"p50", "ns", math.Round(y * noise())},
-							{"p99", "ns", math.Round(2 * y * noise())},
-							{"cpu", "ns/op", math.Round(1.5 * y * noise())},
+							{"p50", "ns", math.Round(p50)},
+							{"p90", "ns", math.Round(0.6 * p99)},
+							{"p99", "ns", math.Round(p99)},
+							{"max", "ns", math.Round(20 * p99)},
+							{"mean", "ns", math.Round(1.1 * p50)},
+							{"quiet", "percent", float64(90 - round)},
+							{"cpu", "ns/op", math.Round(cpu)},
+							{"machine-cpu", "ns/op", math.Round(1.25 * cpu)},
+							{"other-cpu", "percent", float64(round) / 4},
+						}
+						if m.Floor != "" {
+							r.Values = append(r.Values, Value{"proxy-cpu", "ns/op", float64(round / 5 * 200)})
 						}
 						if m.Name == "nftables" && round == 2 && step.n == s.ladder[0] && v[1] == "tail" {
 							r.Errors = 3
@@ -125,7 +135,11 @@ func (s synthetic) run() *Run {
 			perService := map[string]float64{"iptables": 3.2e6, "iptables-legacy": 7e4, "nftables": 4e6, "ebpf": 2e4}[m.Name]
 			run.Records = append(run.Records, Record{
 				Scenario: "programming", Provider: "lab", Kernel: "6.18", Mode: m.Name, Target: "fleet", Services: step.n, Endpoints: 2, Count: 1,
-				Values: []Value{{"full", "ns", math.Round(2e7 + perService*float64(step.n))}, {"rss", "bytes", float64(4<<20 + 9000*step.n)}},
+				Values: []Value{
+					{"programming", "ns", math.Round(2e7 + perService*float64(step.n))},
+					{"proxy-programming-cpu", "ns", math.Round(1e7 + perService/2*float64(step.n))},
+					{"proxy-rss", "bytes", float64(4<<20 + 9000*step.n)},
+				},
 			})
 		}
 	}

@@ -223,6 +223,17 @@ func ratio(s, base *series, floor string, services int, noise aaNoise) Ratio {
 	return r
 }
 
+// skippedAt returns the rungs that mode was skipped at for k, ascending, and the reason at each.
+func (t *table) skippedAt(k key, mode string) (rungs []int, reasons map[int]string) {
+	reasons = map[int]string{}
+	for _, s := range t.skips {
+		if s.place == k.place() && s.scenario == k.scenario && s.target == k.target && s.mode == mode && reasons[s.services] == "" {
+			rungs, reasons[s.services] = append(rungs, s.services), s.reason
+		}
+	}
+	return rungs, reasons
+}
+
 // skipNotes returns "skipped at 10000: reason" for each reason that mode was skipped for at k.
 func (t *table) skipNotes(k key, mode string) []string {
 	var reasons []string

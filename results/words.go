@@ -28,28 +28,7 @@ func targetWords(scenario, target string) string {
 	return target
 }
 
-// metricWords says what a metric is, for an axis.
-func metricWords(metric string) string {
-	switch metric {
-	case "p50":
-		return "median"
-	case "p90":
-		return "90th percentile"
-	case "p99":
-		return "99th percentile"
-	case "p999":
-		return "99.9th percentile"
-	case "cpu":
-		return "CPU"
-	case "proxy-cpu":
-		return "CPU of the proxy"
-	case "rss":
-		return "memory of the proxy"
-	}
-	return metric
-}
-
-// figureWords says what a picture shows. target is "" for one that shows several.
+// figureWords says what a picture or a section shows. target is "" for one that shows several.
 func figureWords(scenario, target, metric string) string {
 	what := scenario
 	switch scenario {
@@ -60,16 +39,23 @@ func figureWords(scenario, target, metric string) string {
 		}
 	case "tax":
 		what = "a new connection to a pod's own address"
+	case "programming":
+		switch metric {
+		case "programming":
+			return "programming: time until the newest Service answers"
+		case "proxy-programming-cpu":
+			return "programming: CPU time of the proxy"
+		case "proxy-rss":
+			return "memory of the proxy once the Services are programmed"
+		}
 	}
-	switch {
+	switch words := about(metric).words; {
 	case metric == "p50":
 		return "time of " + what
 	case metric == "cpu":
 		return "CPU time of " + what
-	case metric == "proxy-cpu", metric == "rss":
-		return metricWords(metric) + " (" + scenario + ")"
-	case metric != metricWords(metric):
-		return metricWords(metric) + " of the time of " + what
+	case words != metric && about(metric).cost:
+		return words + " of the time of " + what
 	}
 	return what + ": " + metric
 }
@@ -91,15 +77,18 @@ func plural(n int, word string) string {
 func (a *analysis) sentences(verdicts []Verdict) []string {
 	tail := slices.ContainsFunc(verdicts, func(v Verdict) bool { return v.Target == "tail" && v.Points > 0 })
 	var out []string
+	var untaxed []Verdict
 	for _, v := range verdicts {
 		if m := a.env.mode(v.Mode); m.Floor == "" || v.Points == 0 || tail && v.Target != "tail" {
 			continue
 		}
-		if s := sentence(v); s != "" {
+		if v.Scenario == "tax" && !v.Grows {
+			untaxed = append(untaxed, v)
+		} else if s := sentence(v); s != "" {
 			out = append(out, s)
 		}
 	}
-	return append(out, chainSentences(verdicts)...)
+	return slices.Concat(out, untaxedSentences(untaxed), chainSentences(verdicts))
 }
 
 func sentence(v Verdict) string {
@@ -110,8 +99,11 @@ func sentence(v Verdict) string {
 		what = "a connection " + targetWords(v.Scenario, v.Target)
 	}
 	switch {
-	case v.Scenario == "tax" && v.Model == Linear && v.Low > 0:
-		return fmt.Sprintf("**Every new connection on an %s node pays %s per Service, Service or not**: %s.", v.Mode, slope, from)
+	case v.Scenario == "tax" && v.Grows && v.Model == Linear:
+		return fmt.Sprintf("**Every new connection on an %s node pays %s per Service, Service or not** (O(n)): %s.", v.Mode, slope, from)
+	case v.Scenario == "tax" && v.Grows:
+		return fmt.Sprintf("**Every new connection on an %s node pays for the Services that the node carries, Service or not**: %s for each of them on average, %s.",
+			v.Mode, slope, from)
 	case v.Model == Linear && v.High < 0:
 		return fmt.Sprintf("On %s, %s falls with every Service, by %s: %s.", v.Mode, what, slope, from)
 	case v.Model == Linear:
@@ -122,25 +114,58 @@ func sentence(v Verdict) string {
 	case v.Model == Constant:
 		return fmt.Sprintf("On %s, no growth of %s is found: %s. More than %s over the ladder is excluded with 95 %% confidence; the noise floor is %s.",
 			v.Mode, what, from, quantity(v.Bound, v.Unit), quantity(v.Floor, v.Unit))
-	case v.Low <= 0 && v.High >= 0 && v.Bound > v.Floor:
+	case v.Grows:
+		return fmt.Sprintf("On %s, %s grows, by %s per Service on average (%s); no growth law is named.", v.Mode, what, slope, from)
+	case v.open():
 		return fmt.Sprintf("On %s, no growth of %s is seen: %s. But up to %s over the ladder is not excluded, which is more than the noise floor of %s: there is no verdict.",
 			v.Mode, what, from, quantity(v.Bound, v.Unit), quantity(v.Floor, v.Unit))
-	case v.Low > 0 && (v.FloorMode == "" || v.Low*float64(v.Largest-v.Smallest) > v.Floor):
-		return fmt.Sprintf("On %s, %s grows, by %s per Service on average (%s); no growth law is named.", v.Mode, what, slope, from)
 	}
 	return ""
+}
+
+// open reports whether growth is neither seen nor excluded.
+func (v Verdict) open() bool {
+	return v.Bound > v.Floor && (v.Low <= 0 && v.High >= 0 || math.Abs(v.Rise) <= v.Floor)
+}
+
+// untaxedSentences says of the modes whose tax was not found to grow how much of it the data exclude.
+func untaxedSentences(verdicts []Verdict) []string {
+	var excluded, open []string
+	for _, v := range verdicts {
+		switch {
+		case v.Model == Constant:
+			excluded = append(excluded, fmt.Sprintf("%s (more than %s over the ladder is excluded)", v.Mode, quantity(v.Bound, v.Unit)))
+		case v.open():
+			open = append(open, fmt.Sprintf("%s (up to %s over the ladder is not excluded; the noise floor is %s)", v.Mode, quantity(v.Bound, v.Unit), quantity(v.Floor, v.Unit)))
+		}
+	}
+	var out []string
+	if len(excluded) > 0 {
+		out = append(out, fmt.Sprintf("New connections to a pod's own address are not found to pay for Services on %s.", enumerated(excluded)))
+	}
+	if len(open) > 0 {
+		out = append(out, fmt.Sprintf("Whether new connections to a pod's own address pay for Services is not decided on %s.", enumerated(open)))
+	}
+	return out
+}
+
+// enumerated joins with commas and an "and".
+func enumerated(list []string) string {
+	if len(list) < 2 {
+		return strings.Join(list, "")
+	}
+	last := len(list) - 1
+	return strings.Join(list[:last], ", ") + " and " + list[last]
 }
 
 // chainSentences relates the middle of a chain to its end.
 func chainSentences(verdicts []Verdict) []string {
 	var out []string
 	for _, tail := range verdicts {
-		if tail.Target != "tail" || tail.Model != Linear || !(tail.Low > 0) {
+		if tail.Target != "tail" || !tail.Grows {
 			continue
 		}
-		i := slices.IndexFunc(verdicts, func(v Verdict) bool {
-			return v.Mode == tail.Mode && v.Target == "middle" && v.Model == Linear && v.Low > 0
-		})
+		i := slices.IndexFunc(verdicts, func(v Verdict) bool { return v.Mode == tail.Mode && v.Target == "middle" && v.Grows })
 		if i >= 0 {
 			out = append(out, fmt.Sprintf("On %s, the middle of the chain pays %s of what its end pays per Service.", tail.Mode, formatValue(verdicts[i].Slope/tail.Slope)))
 		}
