@@ -148,10 +148,10 @@ func (t *table) drifts() []drift {
 		}
 		for _, m := range t.modes {
 			s := t.series[k][m.Name]
-			if s.rounds() < 2 || len(s.again) == 0 {
+			if s.rounds() < 2 || len(s.again) == 0 || len(s.visits[s.againAt]) == 0 {
 				continue
 			}
-			d := drift{key: k, mode: m.Name, services: s.rungs()[0], floor: math.NaN()}
+			d := drift{key: k, mode: m.Name, services: s.againAt, floor: math.NaN()}
 			d.first, d.again = median(s.values(d.services)), median(slices.Collect(maps.Values(s.again)))
 			if pair, _, ok := t.pairFor(k, m); ok {
 				d.floor, d.known = pair.noise.floor, true

@@ -60,9 +60,7 @@ func (a *analysis) readings(p place, metric, mode string) []reading {
 			for _, n := range s.rungs() {
 				at(n, s.visits[n], "")
 			}
-			if rungs := s.rungs(); len(rungs) > 0 {
-				at(rungs[0], s.again, " (again)")
-			}
+			at(s.againAt, s.again, " (again)")
 		}
 	}
 	return out
@@ -88,7 +86,7 @@ func (a *analysis) quietSection(b *strings.Builder, p place) {
 	var lines []string
 	if quiet := a.readings(p, "quiet", ""); len(quiet) > 0 {
 		middle, least, _ := typical(quiet)
-		lines = append(lines, fmt.Sprintf("The CPU ran at its full speed during %s of the connects (median of the visits; the least is %s: %s). Only these are in the times; where they are too few, all are, and a warning says so.",
+		lines = append(lines, fmt.Sprintf("The CPU ran at its full speed during %s of the connects (median of the visits; the least is %s: %s). Only these are in the times.",
 			quantity(middle, "percent"), quantity(least.value, "percent"), least.where))
 	}
 	if other := a.readings(p, "other-cpu", ""); len(other) > 0 {
@@ -207,15 +205,16 @@ var numerals = regexp.MustCompile(`[0-9]+(\.[0-9]+)?`)
 type warningKind struct {
 	parts   []string            // of the text, between the figures
 	figures [][]string          // of each warning
-	at      map[string]struct{} // each visit, or target of one, once
-	example string
+	records map[string]struct{} // that carry it
+	visits  map[string]struct{} // of those records
+	first   string              // record
 }
 
 // warningSection prints each kind of warning once: how often, and where first.
 func (a *analysis) warningSection(b *strings.Builder) {
 	b.WriteString("## Warnings\n\n")
 	kinds, order := map[string]*warningKind{}, []string{}
-	visits := map[string]struct{}{}
+	visits, records := map[string]struct{}{}, 0
 	for _, r := range a.run.Records {
 		visit := fmt.Sprintf("%s at %s, round %d", r.Mode, number(r.Services), r.Round)
 		if r.Again {
@@ -223,20 +222,17 @@ func (a *analysis) warningSection(b *strings.Builder) {
 		}
 		if r.Skipped == "" {
 			visits[visit] = struct{}{}
+			records++
 		}
+		record := fmt.Sprintf("%s %s on %s", r.Scenario, r.Target, visit)
 		for _, w := range r.Warnings {
-			at := visit
-			// A doubt about one target of a visit begins with the target's name, and stands in the records of all.
-			if target, rest, ok := strings.Cut(w, ": "); ok && target != "" && slices.Contains(targets, target) {
-				w, at = rest, target+" of "+visit
-			}
 			parts := numerals.Split(w, -1)
 			kind := strings.Join(parts, "#")
 			if kinds[kind] == nil {
 				order = append(order, kind)
-				kinds[kind] = &warningKind{parts: parts, at: map[string]struct{}{}, example: at}
+				kinds[kind] = &warningKind{parts: parts, records: map[string]struct{}{}, visits: map[string]struct{}{}, first: record}
 			}
-			kinds[kind].at[at] = struct{}{}
+			kinds[kind].records[record], kinds[kind].visits[visit] = struct{}{}, struct{}{}
 			kinds[kind].figures = append(kinds[kind].figures, numerals.FindAllString(w, -1))
 		}
 	}
@@ -247,10 +243,10 @@ func (a *analysis) warningSection(b *strings.Builder) {
 	var rows [][]string
 	for _, kind := range order {
 		w := kinds[kind]
-		rows = append(rows, []string{w.text(), number(len(w.at)), w.example})
+		rows = append(rows, []string{w.text(), number(len(w.visits)), number(len(w.records)), w.first})
 	}
-	markdown(b, []string{"what", "times", "first"}, rows)
-	fmt.Fprintf(b, "In %s. %s has every one.\n\n", plural(len(visits), "visit"), ResultsFile)
+	markdown(b, []string{"what", "visits", "records", "first"}, rows)
+	fmt.Fprintf(b, "The run has %s and %s; a visit has a record for each target. %s has every warning.\n\n", plural(len(visits), "visit"), plural(records, "record"), ResultsFile)
 }
 
 // text returns the warning with each figure's range.

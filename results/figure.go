@@ -294,7 +294,7 @@ func (t *table) figure(file string, keys []key, styles map[string]lineStyle) fig
 	}
 	f.subtitle = fmt.Sprintf("lower is better · %s · kernel %s, %s, %s a Service", measured, k.kernel, k.provider, plural(k.endpoints, "endpoint"))
 	if early {
-		f.subtitle += " · ×: skipped beyond"
+		f.subtitle += " · ×: no values beyond"
 	}
 	if missing := t.missing(k); len(missing) > 0 {
 		f.subtitle += " · skipped: " + strings.Join(missing, ", ")

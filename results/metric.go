@@ -26,6 +26,8 @@ var everywhere = []string{"*"}
 var metrics = []metric{
 	{name: "p50", words: "median", cost: true, tabled: true, pictured: everywhere},
 	{name: "programming", words: "time", cost: true, tabled: true, pictured: everywhere},
+	{name: "fleet-written", words: "time until the Services are written"}, // no mode's: all share one API server
+	{name: "fleet-listed", words: "time until the API server lists the Services"},
 	{name: "p90", words: "90th percentile", cost: true},
 	{name: "p99", words: "99th percentile", cost: true, tabled: true, pictured: []string{"connect"}},
 	{name: "p999", words: "99.9th percentile", cost: true},

@@ -52,12 +52,14 @@ func (f *figure) png() ([]byte, error) {
 	img := vgimg.NewWith(vgimg.UseWH(figureWidth, total), vgimg.UseDPI(figureDPI), vgimg.UseBackgroundColor(color.White))
 	c := draw.New(img)
 	margin := vg.Length(8)
-	title := textStyle(13, ink, true)
-	if w := title.Width(f.title); w > figureWidth-2*margin {
-		title.Font.Size *= (figureWidth - 2*margin) / w
+	head := func(style text.Style, y vg.Length, line string) {
+		if w := style.Width(line); w > figureWidth-2*margin {
+			style.Font.Size *= (figureWidth - 2*margin) / w
+		}
+		c.FillText(style, vg.Point{X: margin, Y: y}, line)
 	}
-	c.FillText(title, vg.Point{X: margin, Y: total - 20}, f.title)
-	c.FillText(textStyle(9.5, muted, false), vg.Point{X: margin, Y: total - 36}, f.subtitle)
+	head(textStyle(13, ink, true), total-20, f.title)
+	head(textStyle(9.5, muted, false), total-36, f.subtitle)
 	scale := f.axes()
 	for i, p := range f.panels {
 		row, col := i/columns, i%columns

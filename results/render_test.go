@@ -433,6 +433,9 @@ func TestProgrammingHasNoInterval(t *testing.T) {
 	}
 	_, section, _ := strings.Cut(mustFile(t, mustRender(t, run), ReportFile), "## Programming: time until the newest Service answers\n")
 	section, _, _ = strings.Cut(section, "\n## ")
+	if !strings.Contains(section, "The same for all modes, time until the Services are written: 1.00 ms at 100, ") {
+		t.Errorf("nothing about the fleet:\n%s", section)
+	}
 	if !strings.Contains(section, "| nftables | 420 ms | 4.02 s |") || strings.Contains(section, "slope") || strings.Contains(section, "undecided") {
 		t.Errorf("programming:\n%s", section)
 	}
@@ -476,23 +479,60 @@ func TestWarningsAreCounted(t *testing.T) {
 	run := small(1)
 	for i := range run.Records {
 		if r := &run.Records[i]; r.Skipped == "" && r.Scenario != "programming" && r.Mode == "ebpf" {
-			r.Warnings = []string{fmt.Sprintf("everything else used %d %% of the machine", 6+r.Round), fmt.Sprintf("tail: full speed during %d.5 of 300 connects only", 20-r.Round)}
+			r.Warnings = []string{fmt.Sprintf("everything else used %d %% of the machine", 6+r.Round), "the chain moved"}
+			if r.Target == "tail" {
+				r.Warnings[1] = fmt.Sprintf("full speed during %d.5 of 300 connects only", 20-r.Round)
+			}
 		}
 	}
 	_, section, _ := strings.Cut(mustFile(t, mustRender(t, run), ReportFile), "## Warnings\n")
 	section, _, _ = strings.Cut(section, "\n## ")
 	// Six rungs and the smallest again, six rounds each; every warning stands in the records of both targets.
 	for _, want := range []string{
-		"| everything else used 6 to 11 % of the machine | 42 | ebpf at 100, round 0 |",
-		"| full speed during 15.5 to 20.5 of 300 connects only | 42 | tail of ebpf at 100, round 0 |",
-		"| other processes used 7 % of the CPU | 2 | nftables at 100, round 2 |",
+		"| everything else used 6 to 11 % of the machine | 42 | 84 | connect tail on ebpf at 100, round 0 |",
+		"| full speed during 15.5 to 20.5 of 300 connects only | 42 | 42 | connect tail on ebpf at 100, round 0 |",
+		"| the chain moved | 42 | 42 | tax pod on ebpf at 100, round 0 |",
+		"| other processes used 7 % of the CPU | 2 | 2 | connect tail on nftables at 100, round 2 |",
 	} {
 		if !strings.Contains(section, want) {
 			t.Errorf("no %q in:\n%s", want, section)
 		}
 	}
-	if lines := strings.Count(section, "\n|"); lines != 5 {
-		t.Errorf("%d lines of table, want 5:\n%s", lines, section)
+	if lines := strings.Count(section, "\n|"); lines != 6 {
+		t.Errorf("%d lines of table, want 6:\n%s", lines, section)
+	}
+}
+
+// A visit that did not count leaves a record without a value, and the report says that there was one.
+func TestVisitsWithoutValue(t *testing.T) {
+	run := small(1)
+	for i := range run.Records {
+		r := &run.Records[i]
+		void := r.Mode == "nftables" && r.Services == 1000 && r.Round < 2 || r.Mode == "ebpf" && r.Services == 100 || r.Mode == "iptables-legacy"
+		if void && r.Target == "tail" && r.Skipped == "" {
+			r.Values, r.Warnings = nil, []string{"no latency"}
+		}
+	}
+	report := mustFile(t, mustRender(t, run), ReportFile)
+	answer, _, _ := strings.Cut(report, "\n## ")
+	if !strings.Contains(answer, "| iptables-legacy | no value ") {
+		t.Errorf("the answer hides a mode without a value:\n%s", answer)
+	}
+	for _, want := range []string{"| ebpf | no value ", "2 rounds without a value: see the warnings", "| tail | iptables-legacy | no value "} {
+		if !strings.Contains(report, want) {
+			t.Errorf("the report does not say %q", want)
+		}
+	}
+	for _, v := range run.Verdicts() {
+		if v.Mode == "ebpf" && v.Target == "tail" && v.Metric == "p50" && (v.Smallest != 1000 || v.Points != 5) {
+			t.Errorf("ebpf without its first rung: %+v", v)
+		}
+	}
+	// The second visit of the smallest rung has nothing to be compared with.
+	for _, d := range newTable(run).drifts() {
+		if d.mode == "ebpf" && d.target == "tail" {
+			t.Errorf("%+v", d)
+		}
 	}
 }
 

@@ -38,8 +38,9 @@ func (k key) place() place { return place{k.provider, k.kernel, k.endpoints} }
 
 // series is one key of one mode.
 type series struct {
-	visits map[int]map[int]float64 // services → round → value
-	again  map[int]float64         // round → value, the smallest rung at the end
+	visits  map[int]map[int]float64 // services → round → value
+	again   map[int]float64         // round → value, the smallest rung at the end
+	againAt int                     // that rung
 }
 
 // rungs returns the rungs in ascending order.
@@ -98,13 +99,14 @@ type table struct {
 
 	skips  []skip                     // one a visit and rung, in the order of the report
 	errors map[visit]map[int][2]int64 // services → failed, all
+	rounds map[visit]map[int]int      // services → visits but the second ones of the smallest rung, with or without a value
 
 	repeated int // values that a later record replaced
 }
 
 // newTable sorts the records in. Where a visit was repeated, the later record stands.
 func newTable(r *Run) *table {
-	t := &table{env: &r.Environment, series: map[key]map[string]*series{}, errors: map[visit]map[int][2]int64{}}
+	t := &table{env: &r.Environment, series: map[key]map[string]*series{}, errors: map[visit]map[int][2]int64{}, rounds: map[visit]map[int]int{}}
 	known := map[string]bool{}
 	for _, m := range r.Environment.Modes {
 		t.modes = append(t.modes, m)
@@ -128,7 +130,10 @@ func newTable(r *Run) *table {
 		}
 		v := visit{p, rec.Scenario, rec.Target, rec.Mode}
 		if t.errors[v] == nil {
-			t.errors[v] = map[int][2]int64{}
+			t.errors[v], t.rounds[v] = map[int][2]int64{}, map[int]int{}
+		}
+		if !rec.Again {
+			t.rounds[v][rec.Services] = max(t.rounds[v][rec.Services], rec.Round+1)
 		}
 		n := t.errors[v][rec.Services]
 		t.errors[v][rec.Services] = [2]int64{n[0] + rec.Errors, n[1] + rec.Errors + rec.Count}
@@ -159,7 +164,7 @@ func (t *table) add(k key, rec Record, value float64) {
 		if _, ok := s.again[rec.Round]; ok {
 			t.repeated++
 		}
-		s.again[rec.Round] = value
+		s.again[rec.Round], s.againAt = value, rec.Services
 		return
 	}
 	if s.visits[rec.Services] == nil {

@@ -136,6 +136,8 @@ func (s synthetic) run() *Run {
 			run.Records = append(run.Records, Record{
 				Scenario: "programming", Provider: "lab", Kernel: "6.18", Mode: m.Name, Target: "fleet", Services: step.n, Endpoints: 2, Count: 1,
 				Values: []Value{
+					{"fleet-written", "ns", 1e4 * float64(step.n)},
+					{"fleet-listed", "ns", 2e4 * float64(step.n)},
 					{"programming", "ns", math.Round(2e7 + perService*float64(step.n))},
 					{"proxy-programming-cpu", "ns", math.Round(1e7 + perService/2*float64(step.n))},
 					{"proxy-rss", "bytes", float64(4<<20 + 9000*step.n)},

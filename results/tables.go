@@ -4,6 +4,7 @@ package results
 
 import (
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 	"strings"
@@ -73,6 +74,29 @@ func (a *analysis) groupSection(b *strings.Builder, group []key) {
 	}
 	a.verdictTable(b, group)
 	a.rungTable(b, group)
+	if first.scenario == "programming" && first.metric == a.mainMetric(first) {
+		a.fleetLines(b, first)
+	}
+}
+
+// fleetLines say what of the programming time no mode answers for.
+func (a *analysis) fleetLines(b *strings.Builder, k key) {
+	for _, metric := range []string{"fleet-written", "fleet-listed"} {
+		k.metric = metric
+		at := map[int]float64{} // the same in every mode's record
+		for _, s := range a.series[k] {
+			for _, n := range s.rungs() {
+				at[n] = median(s.values(n))
+			}
+		}
+		var times []string
+		for _, n := range slices.Sorted(maps.Keys(at)) {
+			times = append(times, fmt.Sprintf("%s at %s", quantity(at[n], k.unit), number(n)))
+		}
+		if len(times) > 0 {
+			fmt.Fprintf(b, "The same for all modes, %s: %s.\n\n", about(metric).words, enumerated(times))
+		}
+	}
 }
 
 // verdictTable prints the verdicts of one metric by target. What was measured once a rung has none.
@@ -117,6 +141,9 @@ func (a *analysis) measuredInRounds(k key) bool {
 func (a *analysis) verdictCell(v Verdict) string {
 	if math.IsNaN(v.AtLargest) {
 		rungs, reasons := a.skippedAt(v.key(), v.Mode)
+		if len(rungs) == 0 {
+			return "no value" + a.notes.mark(v.Note)
+		}
 		var marks string
 		for _, n := range rungs {
 			if m := a.notes.mark(skippedBecause(reasons[n])); !strings.Contains(marks+" ", m+" ") {
@@ -135,6 +162,9 @@ func (a *analysis) verdictCell(v Verdict) string {
 	}
 	return text + a.notes.mark(strings.Join(remarks, "; "))
 }
+
+// noValue is said of a mode that was visited, and of which no visit counts.
+const noValue = "no visit gave a value: see the warnings"
 
 func skippedBecause(reason string) string { return "skipped: " + reason }
 
@@ -185,6 +215,14 @@ func ratioCell(r Ratio) string {
 	return text
 }
 
+// visited counts the rounds that mode was visited in at a rung, with or without a value.
+func (a *analysis) visited(k key, mode string, services int) int {
+	if a.series[k][mode] == nil && k.metric != a.mainMetric(k) {
+		return 0 // not every mode has every metric
+	}
+	return a.table.rounds[visit{k.place(), k.scenario, k.target, mode}][services]
+}
+
 // rungTable prints the medians of one metric at each rung.
 func (a *analysis) rungTable(b *strings.Builder, group []key) {
 	var rungs []int
@@ -214,8 +252,16 @@ func (a *analysis) rungTable(b *strings.Builder, group []key) {
 			_, reasons := a.skippedAt(k, m.Name)
 			for _, n := range rungs {
 				text := ""
-				if values := a.series[k][m.Name].values(n); len(values) > 0 {
+				values := a.series[k][m.Name].values(n)
+				visited := a.visited(k, m.Name, n)
+				switch {
+				case len(values) > 0:
 					text, rounds = spread(summarize(values), k.unit), max(rounds, len(values))
+					if missing := visited - len(values); missing > 0 {
+						text += a.notes.mark(fmt.Sprintf("%s without a value: see the warnings", plural(missing, "round")))
+					}
+				case visited > 0:
+					text = "no value" + a.notes.mark(noValue)
 				}
 				if reason := reasons[n]; reason != "" {
 					text = strings.TrimPrefix(text+"; skipped", "; ") + a.notes.mark(skippedBecause(reason))

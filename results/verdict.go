@@ -147,7 +147,10 @@ func (t *table) verdict(k key, m Mode) (v Verdict, ok bool) {
 	}
 	skipped := t.skipNotes(k, m.Name)
 	s := t.series[k][m.Name]
-	if s == nil {
+	if s.rounds() == 0 {
+		if len(skipped) == 0 && k.metric == t.mainMetric(k) && len(t.rounds[visit{k.place(), k.scenario, k.target, m.Name}]) > 0 {
+			skipped = []string{noValue}
+		}
 		v.Note = strings.Join(skipped, "; ")
 		return v, len(skipped) > 0
 	}
