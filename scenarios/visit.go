@@ -182,10 +182,11 @@ func (b *bench) measureTarget(ctx context.Context, s *site, record results.Recor
 	}
 	b.references[1] = fast.Reference
 	m := measured{latencies: fast.Latencies, disturbed: fast.Disturbed}
-	if made := len(fast.Latencies) + len(fast.Disturbed); len(fast.Latencies) < minQuiet && made >= minQuiet {
+	enough := min(minQuiet, b.plan.Connects)
+	if made := len(fast.Latencies) + len(fast.Disturbed); len(fast.Latencies) < enough && made >= enough {
 		m.doubt = fmt.Sprintf("the CPU was at its full speed during %d of %d connects only", len(fast.Latencies), made)
 		record.Warnings = append(record.Warnings, "no latency: "+m.doubt)
-	} else if made < minQuiet {
+	} else if made < enough {
 		m.doubt = fmt.Sprintf("%d connects succeeded in %s", made, closedLimit)
 		record.Warnings = append(record.Warnings, "no latency: "+m.doubt)
 	} else {
