@@ -36,7 +36,7 @@ type profile struct {
 }
 
 var profiles = []profile{
-	{"quick", "a first picture", []int{100, 1000, 5000}, 6, 6, 150, 5 * time.Minute},
+	{"quick", "a first picture", []int{100, 1000, 5000}, 6, 6, 100, 5 * time.Minute},
 	{"default", "enough rungs for every verdict", []int{100, 1000, 2000, 5000, 10000, 20000}, 10, 6, 200, 5 * time.Minute},
 	{"full", "up to 50,000 Services", []int{100, 1000, 2000, 5000, 10000, 20000, 50000}, 10, 6, 200, 25 * time.Minute},
 }

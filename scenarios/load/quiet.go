@@ -23,7 +23,7 @@ const (
 )
 
 // QuietPatience is how many times Count is connected at most for Count that are quiet.
-const QuietPatience = 16
+const QuietPatience = 12
 
 // operations is how many connects a request makes at most.
 func (r Request) operations() int {
