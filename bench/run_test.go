@@ -19,6 +19,7 @@ import (
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
 	"github.com/plimsoll-bench/plimsoll/clusters/lab"
+	"github.com/plimsoll-bench/plimsoll/clusters/lab/labtest"
 	"github.com/plimsoll-bench/plimsoll/scenarios"
 )
 
@@ -44,22 +45,10 @@ func mustRun(t *testing.T, args ...string) (stdout, stderr string) {
 // needsLab skips where a lab cannot run and returns the folder of its programs.
 func needsLab(t *testing.T) string {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
 	if testing.Short() {
 		t.Skip("stands up a lab: not in -short")
 	}
-	bin, err := filepath.Abs("../bin")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range []string{"etcd", "kube-apiserver", "kube-proxy"} {
-		if _, err := os.Stat(filepath.Join(bin, name)); err != nil {
-			t.Skipf("needs %s in bin/: make build makes it", name)
-		}
-	}
-	return bin
+	return labtest.Bin(t, "../bin")
 }
 
 // leftovers lists what runs keep on the host.

@@ -21,6 +21,7 @@ import (
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
 	"github.com/plimsoll-bench/plimsoll/clusters/lab"
+	"github.com/plimsoll-bench/plimsoll/clusters/lab/labtest"
 	"github.com/plimsoll-bench/plimsoll/dataplane"
 	"github.com/plimsoll-bench/plimsoll/scenarios"
 	"github.com/plimsoll-bench/plimsoll/scenarios/load"
@@ -41,21 +42,10 @@ type node struct {
 // their names.
 func mustOpen(t *testing.T) (kubernetes.Interface, []node) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
 	if testing.Short() {
 		t.Skip("stands up a lab: not in -short")
 	}
-	bin, err := filepath.Abs("../bin")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range []string{"etcd", "kube-apiserver", "kube-proxy"} {
-		if _, err := os.Stat(filepath.Join(bin, name)); err != nil {
-			t.Skipf("needs %s in bin/: make build makes it", name)
-		}
-	}
+	bin := labtest.Bin(t, "../bin")
 	// Built here, so that the test is of this source and not of whatever lies in bin/.
 	program := filepath.Join(t.TempDir(), "plimsoll")
 	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", program, "../bench").CombinedOutput(); err != nil {

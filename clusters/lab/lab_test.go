@@ -20,23 +20,13 @@ import (
 	"time"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/clusters/lab/labtest"
 )
 
 // mustCreate opens a lab with the programs of bin/ and closes it with the test.
 func mustCreate(t *testing.T, name string, sites ...clusters.ProxySpec) *lab {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
-	bin, err := filepath.Abs("../../bin")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, program := range []string{"etcd", "kube-apiserver", "kube-proxy"} {
-		if _, err := os.Stat(filepath.Join(bin, program)); err != nil {
-			t.Skipf("needs %s in bin/: make build makes it", program)
-		}
-	}
+	bin := labtest.Bin(t, "../../bin")
 	cat, err := exec.LookPath("cat")
 	if err != nil {
 		t.Fatal(err)
