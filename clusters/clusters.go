@@ -27,8 +27,9 @@ type Provider interface {
 	Name() string
 	// Doc is one line for `plimsoll list`.
 	Doc() string
-	// Create opens one site per spec and returns when every proxy runs and every client and backend pod can start
-	// processes. On an error nothing is left behind. Errors wrap ErrNotSupported when the host cannot carry the provider.
+	// Create opens one site per spec and returns when every proxy is healthy, or has failed and its site's Err says why, and
+	// every client and backend pod can start processes. On an error, an interrupt among them, nothing is left behind. Errors
+	// wrap ErrNotSupported when the host cannot carry the provider.
 	Create(ctx context.Context, plan Plan) (Cluster, error)
 }
 
@@ -76,7 +77,8 @@ type Cluster interface {
 	ServiceCIDR() netip.Prefix
 	// EndpointPrefixes are the address ranges that the backend pods answer on, one per backend pod.
 	EndpointPrefixes() []netip.Prefix
-	// Failed is closed when a process that the cluster needs has ended; Err then says which.
+	// Failed is closed when the control plane has ended; Err then says which process of it and how, nil until then. A proxy
+	// that ends is its site's affair.
 	Failed() <-chan struct{}
 	Err() error
 	// Close removes everything that Create made.
@@ -101,6 +103,12 @@ type Site interface {
 	// Freeze stops every process of the site where it stands, the proxy's and the pods', or lets them go on. It returns when
 	// the kernel says so.
 	Freeze(ctx context.Context, frozen bool) error
+	// Stop ends the proxy for good and returns when its processes are gone; what it programmed stays, save for what the kernel
+	// takes back with the process that holds it. A proxy deep in the kernel may take minutes to leave it, so ctx is the only
+	// limit. Neither the cluster nor Err takes it for a failure. A site without a proxy, or stopped already, has nothing to end.
+	Stop(ctx context.Context) error
+	// Err is why the site's proxy does not serve: it ended or never became healthy. Nil while nothing is wrong.
+	Err() error
 }
 
 // A Pod is a network namespace behind the node, with a cgroup2 folder below the node's.

@@ -40,6 +40,8 @@ func (c *cgroup) kill(ctx context.Context) error {
 
 // freeze stops or resumes every process below c and returns when the kernel says that it is so.
 func (c *cgroup) freeze(ctx context.Context, frozen bool) error {
+	ctx, cancel := context.WithTimeout(ctx, settleLimit)
+	defer cancel()
 	word := "0"
 	if frozen {
 		word = "1"
@@ -50,14 +52,12 @@ func (c *cgroup) freeze(ctx context.Context, frozen bool) error {
 	return c.await(ctx, "frozen "+word)
 }
 
-// settleLimit is how long processes may take to freeze or die: each does so when it leaves the kernel, and a large rule set
-// is one long stay there.
+// settleLimit is how long processes may take to freeze, or to die at the end of a run: each does so when it leaves the kernel,
+// and a large rule set is one long stay there.
 const settleLimit = 2 * time.Minute
 
 // await returns when cgroup.events holds the line.
 func (c *cgroup) await(ctx context.Context, line string) error {
-	ctx, cancel := context.WithTimeout(ctx, settleLimit)
-	defer cancel()
 	return poll(ctx, "cgroup "+c.dir+" to be "+line, func() (bool, error) {
 		b, err := os.ReadFile(filepath.Join(c.dir, "cgroup.events"))
 		return strings.Contains("\n"+string(b), "\n"+line+"\n"), err
@@ -69,7 +69,9 @@ func (c *cgroup) remove(ctx context.Context) error {
 	if _, err := os.Stat(c.dir); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	if err := c.kill(ctx); err != nil {
+	settle, cancel := context.WithTimeout(ctx, settleLimit)
+	defer cancel()
+	if err := c.kill(settle); err != nil {
 		return err
 	}
 	var dirs []string

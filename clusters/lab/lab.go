@@ -11,7 +11,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"sync"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"golang.org/x/sync/errgroup"
@@ -40,16 +39,11 @@ type lab struct {
 	control *ControlPlane
 	etcd    *clientv3.Client
 	nodes   []*node
-
-	failed chan struct{}
-	once   sync.Once
-	err    error // set before failed is closed
-	stop   context.CancelFunc
 }
 
 var _ clusters.Cluster = (*lab)(nil)
 
-// Create starts the control plane, makes the nodes side by side, and returns when each proxy is healthy.
+// Create starts the control plane, makes the nodes, and returns when each proxy is healthy or its node's Err says why not.
 func (Provider) Create(ctx context.Context, plan clusters.Plan) (clusters.Cluster, error) {
 	if os.Geteuid() != 0 {
 		return nil, errors.New("the lab makes network namespaces and cgroups: run it as root (sudo)")
@@ -76,12 +70,10 @@ func (Provider) Create(ctx context.Context, plan clusters.Plan) (clusters.Cluste
 	if err != nil {
 		return nil, err
 	}
-	watch, stop := context.WithCancel(context.Background())
-	l := &lab{run: r, failed: make(chan struct{}), stop: stop}
+	l := &lab{run: r}
 	if err := l.create(ctx, plan, progress); err != nil {
 		return nil, errors.Join(err, l.Close(context.WithoutCancel(ctx)))
 	}
-	l.watch(watch)
 	return l, nil
 }
 
@@ -117,6 +109,10 @@ func (l *lab) create(ctx context.Context, plan clusters.Plan, progress func(stri
 		}
 	}
 	progress(fmt.Sprintf("starting the proxies of %d nodes", len(l.nodes)))
+	// Without an API server no proxy becomes healthy: its end is this lab's, not theirs.
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(l.control.failed, func() { cancel(l.control.Err()) })()
 	g, ctx := errgroup.WithContext(ctx)
 	for _, n := range l.nodes {
 		g.Go(func() error { return n.startProxy(ctx, plan.Bin, kubeconfig) })
@@ -135,24 +131,6 @@ func nodeObject(name string) *corev1.Node {
 	}
 }
 
-// watch closes failed when the control plane or a proxy ends.
-func (l *lab) watch(ctx context.Context) {
-	fail := func(err error) { l.once.Do(func() { l.err = err; close(l.failed) }) }
-	wait := func(done <-chan struct{}, err func() error) {
-		select {
-		case <-done:
-			fail(err())
-		case <-ctx.Done():
-		}
-	}
-	go wait(l.control.Done(), l.control.Err)
-	for _, n := range l.nodes {
-		if n.proxy != nil {
-			go wait(n.proxy.Done(), n.proxy.Err)
-		}
-	}
-}
-
 func (l *lab) Sites() []clusters.Site {
 	sites := make([]clusters.Site, len(l.nodes))
 	for i, n := range l.nodes {
@@ -165,23 +143,14 @@ func (l *lab) RESTConfig() *rest.Config         { return l.control.RESTConfig() 
 func (l *lab) Etcd() *clientv3.Client           { return l.etcd }
 func (l *lab) EndpointPrefixes() []netip.Prefix { return backendRanges }
 func (l *lab) ServiceCIDR() netip.Prefix        { return serviceRange }
-func (l *lab) Failed() <-chan struct{}          { return l.failed }
-
-func (l *lab) Err() error {
-	select {
-	case <-l.failed:
-		return l.err
-	default:
-		return nil
-	}
-}
+func (l *lab) Failed() <-chan struct{}          { return l.control.Done() }
+func (l *lab) Err() error                       { return l.control.Err() }
 
 // Close ends every process of the lab at once and removes what it made. The cluster's state is worth nothing without it,
 // so nothing is asked to end in good order.
 func (l *lab) Close(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*settleLimit)
 	defer cancel()
-	l.stop()
 	var errs []error
 	if l.etcd != nil {
 		errs = append(errs, l.etcd.Close())

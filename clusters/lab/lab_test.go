@@ -130,17 +130,20 @@ func TestKubeProxyIsReal(t *testing.T) {
 	if mode, _ := io.ReadAll(resp.Body); string(mode) != "nftables" {
 		t.Errorf("kube-proxy says mode %q", mode)
 	}
-	// A proxy that dies is told with the end of its log.
+	// A proxy that dies is told with the end of its log, and is not the lab's end.
 	if err := n.proxy.cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
 	select {
-	case <-l.Failed():
+	case <-n.proxy.Done():
 	case <-time.After(10 * time.Second):
-		t.Fatal("the lab did not notice that kube-proxy died")
+		t.Fatal("nobody noticed that kube-proxy died")
 	}
-	if err := l.Err(); !strings.Contains(err.Error(), "kube-proxy") || !strings.Contains(err.Error(), "killed") {
+	if err := n.Err(); err == nil || !strings.Contains(err.Error(), "kube-proxy") || !strings.Contains(err.Error(), "killed") {
 		t.Errorf("the error does not say what died and how: %v", err)
+	}
+	if err := l.Err(); err != nil {
+		t.Errorf("the lab took the end of a proxy for its own: %v", err)
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"sync"
 
 	"github.com/vishvananda/netlink"
 
@@ -47,6 +48,10 @@ type node struct {
 	proxyGroup *cgroup
 	iptables   string
 	forwarder  net.Listener
+
+	mu      sync.Mutex // guards what follows
+	stopped bool       // the proxy's end is wanted
+	err     error      // why the proxy does not serve, when more is known than how it ended
 }
 
 var _ clusters.Site = (*node)(nil)

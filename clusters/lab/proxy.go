@@ -23,7 +23,7 @@ import (
 // proxyHealth is where both kube-proxy and the agent answer inside their node.
 const proxyHealth = "127.0.0.1:10256"
 
-// startProxy starts what the node's spec asks for and returns when it is healthy.
+// startProxy starts what the node's spec asks for and returns when it is healthy, or has failed and Err says why.
 func (n *node) startProxy(ctx context.Context, bin, kubeconfig string) error {
 	if n.spec.ConntrackHooks {
 		if err := n.installConntrackHooks(ctx); err != nil {
@@ -50,7 +50,58 @@ func (n *node) startProxy(ctx context.Context, bin, kubeconfig string) error {
 	if n.proxy, err = n.run.start(c); err != nil {
 		return fmt.Errorf("node %s: %w", n.spec.Name, err)
 	}
-	return n.awaitHealthy(ctx)
+	if err := n.awaitHealthy(ctx); ctx.Err() != nil {
+		return err
+	} else if err != nil {
+		n.giveUp(ctx, err)
+	}
+	return nil
+}
+
+// giveUp ends a proxy that has failed, so that the others have the host to themselves, and keeps the reason for Err.
+func (n *node) giveUp(ctx context.Context, reason error) {
+	n.mu.Lock()
+	n.err = fmt.Errorf("node %s: %w", n.spec.Name, reason)
+	n.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, settleLimit)
+	defer cancel()
+	if err := n.Stop(ctx); err != nil {
+		n.mu.Lock()
+		n.err = errors.Join(n.err, err)
+		n.mu.Unlock()
+	}
+}
+
+func (n *node) Stop(ctx context.Context) error {
+	if n.proxy == nil {
+		return nil
+	}
+	n.mu.Lock()
+	if n.err == nil && !n.stopped {
+		// It may have ended by itself before.
+		n.err = n.proxy.Err()
+	}
+	n.stopped = true
+	n.mu.Unlock()
+	// The whole cgroup, because kube-proxy starts iptables commands. A frozen process dies too.
+	if err := n.proxyGroup.kill(ctx); err != nil {
+		return fmt.Errorf("node %s: end %s: %w", n.spec.Name, n.proxy.Name, err)
+	}
+	select {
+	case <-n.proxy.Done():
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("node %s: wait for %s to end: %w", n.spec.Name, n.proxy.Name, context.Cause(ctx))
+	}
+}
+
+func (n *node) Err() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.err != nil || n.stopped || n.proxy == nil {
+		return n.err
+	}
+	return n.proxy.Err()
 }
 
 // kubeProxyCommand writes kube-proxy's configuration and the folder of iptables commands that it finds on its PATH.
@@ -164,9 +215,13 @@ func (n *node) installConntrackHooks(ctx context.Context) error {
 	})
 }
 
-// awaitHealthy returns when the proxy's health check answers 200: it runs, and nothing has gone wrong so far.
+// healthyLimit is how long a proxy on a busy host may take from its start to its first sync; a quiet one takes a second.
+const healthyLimit = 90 * time.Second
+
+// awaitHealthy returns when the proxy's health check answers 200: it runs, and nothing has gone wrong so far. An error quotes
+// the end of the proxy's log.
 func (n *node) awaitHealthy(ctx context.Context) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, 90*time.Second, errors.New("not within 90 s"))
+	ctx, cancel := context.WithTimeoutCause(ctx, healthyLimit, fmt.Errorf("not within %v", healthyLimit))
 	defer cancel()
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
@@ -180,7 +235,7 @@ func (n *node) awaitHealthy(ctx context.Context) error {
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
 		return n.ns.DialContext(ctx, network, address)
 	}}}
-	return poll(ctx, n.proxy.Name+" on node "+n.spec.Name+" to be healthy", func() (bool, error) {
+	err := poll(ctx, n.proxy.Name+" to be healthy", func() (bool, error) {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+proxyHealth+"/healthz", nil)
 		if err != nil {
 			return false, err
@@ -196,4 +251,12 @@ func (n *node) awaitHealthy(ctx context.Context) error {
 		}
 		return true, nil
 	})
+	if err != nil && n.proxy.Err() != nil {
+		// How it ended says more than what its health check answered.
+		return n.proxy.Err()
+	}
+	if err != nil {
+		return fmt.Errorf("%w%s", err, logTail(n.proxy.Log))
+	}
+	return nil
 }
