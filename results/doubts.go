@@ -164,7 +164,8 @@ func (a *analysis) driftSection(b *strings.Builder, p place) {
 			calm = append(calm, fmt.Sprintf("%s (%d)", what, len(all)))
 		}
 	}
-	if len(warned)+len(calm) == 0 {
+	lost := a.lost(p)
+	if len(warned)+len(calm)+len(lost) == 0 {
 		return
 	}
 	b.WriteString("## The smallest rung again\n\nVisited once more after the largest, it tells whether the machine drifted. These visits are in no fit.\n\n")
@@ -174,7 +175,28 @@ func (a *analysis) driftSection(b *strings.Builder, p place) {
 	if len(calm) > 0 {
 		fmt.Fprintf(b, "- All medians of %s came back within the noise floor.\n", enumerated(calm))
 	}
+	for _, l := range lost {
+		fmt.Fprintf(b, "- %s\n", l)
+	}
 	b.WriteString("\n")
+}
+
+// lost says which modes carried the smallest rung at first and were gone at the end, and why.
+func (a *analysis) lost(p place) []string {
+	var out []string
+	for _, s := range a.skips {
+		skippedBefore := slices.ContainsFunc(a.skips, func(o skip) bool {
+			o.again, o.reason = !o.again, s.reason
+			return o == s
+		})
+		if s.place != p || !s.again || skippedBefore {
+			continue
+		}
+		if l := fmt.Sprintf("%s was not visited again: %s.", s.mode, cell(s.reason)); !slices.Contains(out, l) {
+			out = append(out, l)
+		}
+	}
+	return out
 }
 
 func (a *analysis) errorSection(b *strings.Builder) {
@@ -298,7 +320,11 @@ func (a *analysis) skipSection(b *strings.Builder) {
 		j := i
 		var rungs []string
 		for ; j < len(a.skips) && a.skips[j].sameVisits(s); j++ {
-			rungs = append(rungs, number(a.skips[j].services))
+			rung := number(a.skips[j].services)
+			if a.skips[j].again {
+				rung += " again"
+			}
+			rungs = append(rungs, rung)
 		}
 		i = j
 		r := row{s.place, s.mode, strings.Join(rungs, "; "), s.reason}
@@ -314,8 +340,8 @@ func (a *analysis) skipSection(b *strings.Builder) {
 	markdown(b, []string{"provider", "kernel", "mode", "Services", "what", "reason"}, table)
 }
 
-// sameVisits reports whether two skips differ in the rung alone.
+// sameVisits reports whether two skips differ in the rung alone, or in its being visited again.
 func (s skip) sameVisits(o skip) bool {
-	s.services = o.services
+	s.services, s.again = o.services, o.again
 	return s == o
 }

@@ -117,6 +117,46 @@ func TestRenderIsRepeatable(t *testing.T) {
 	}
 }
 
+// Pictures of a former rendering go with the report that showed them; what others put beside them stays.
+func TestRenderRemovesFormerPictures(t *testing.T) {
+	run := small(1)
+	dir := mustRender(t, run)
+	gone := []string{"tax.png"}
+	foreign := []string{"tax-mine.png", "tax-cpu.png", "mine.png", "sub/tax.png", "notes.md", "log.txt"}
+	if err := os.Mkdir(filepath.Join(dir, "sub"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range foreign {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte("mine"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Somebody wrote into the report what it does not show by itself.
+	report := mustFile(t, dir, ReportFile) + "![tax-mine.png](tax-mine.png)\n![mine](mine.png)\n![Mine by number of Services (µs)](sub/tax.png)\n"
+	if err := os.WriteFile(filepath.Join(dir, ReportFile), []byte(report), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	less := keep(run, func(r Record, _ Value) bool { return r.Scenario != "tax" })
+	if err := less.Render(dir); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range gone {
+		if _, err := os.Stat(filepath.Join(dir, name)); !os.IsNotExist(err) {
+			t.Errorf("%s, which the new report does not show, is still there (%v)", name, err)
+		}
+	}
+	for _, name := range foreign {
+		if mustFile(t, dir, name) != "mine" {
+			t.Errorf("%s was touched", name)
+		}
+	}
+	for _, name := range []string{"connect-tail.png", "programming.png"} {
+		if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
+			t.Errorf("a picture of the new report is gone: %v", err)
+		}
+	}
+}
+
 func TestPictures(t *testing.T) {
 	run := synthetic{seed: 1, ladder: sixRungs, rounds: 6, rho: 0.003, sigma: 0.007}.run()
 	dir := mustRender(t, run)
@@ -298,6 +338,41 @@ func TestReportHidesNothing(t *testing.T) {
 	}
 	if skips == 0 || again == 0 {
 		t.Errorf("%d skips and %d visits again in results.csv", skips, again)
+	}
+}
+
+// A mode that was lost on the way up is skipped where it was lost, and not at the rung that it carried at first.
+func TestLostModeKeepsTheRungsItHad(t *testing.T) {
+	dir := mustRender(t, small(1))
+	report := mustFile(t, dir, ReportFile)
+	if strings.Contains(report, "100 skipped") {
+		t.Error("the report calls a rung skipped that was measured")
+	}
+	for _, want := range []string{
+		"172 µs at 10,000; 20,000 skipped ¹ |",
+		"- iptables was not visited again: not programmed in 5m0s.\n",
+		"| lab | 6.18 | iptables | 20,000; 100 again | connect tail, tax pod | skipped: not programmed in 5m0s |",
+		"| lab | 6.18 | ipvs | 100; 1,000; 2,000; 5,000; 10,000; 20,000; 100 again | connect tail, tax pod | ",
+	} {
+		if !strings.Contains(report, want) {
+			t.Errorf("the report does not say %q", want)
+		}
+	}
+	for _, never := range []string{"ipvs was not visited again", "nftables was not visited again"} {
+		if strings.Contains(report, never) {
+			t.Errorf("the report says %q", never)
+		}
+	}
+	_, rungs, _ := strings.Cut(report, "| target | mode | 100 |")
+	for _, line := range strings.Split(rungs, "\n") {
+		if cells := strings.Split(line, " | "); len(cells) > 2 && strings.HasPrefix(line, "| tail | iptables |") && strings.Contains(cells[2], "skipped") {
+			t.Errorf("its first rung is skipped in %s", line)
+		}
+	}
+	for _, v := range small(1).Verdicts() {
+		if v.Mode == "iptables" && v.Metric == "p50" && !strings.HasSuffix(v.Note, "skipped at 20000 Services: not programmed in 5m0s") {
+			t.Errorf("%s %s: %q", v.Target, v.Metric, v.Note)
+		}
 	}
 }
 

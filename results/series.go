@@ -81,6 +81,7 @@ type skip struct {
 	place
 	scenario, target, mode string
 	services               int
+	again                  bool // at the second visit of the smallest rung: what the first one gave stands
 	reason                 string
 }
 
@@ -97,7 +98,7 @@ type table struct {
 	modes  []Mode
 	series map[key]map[string]*series
 
-	skips  []skip                     // one a visit and rung, in the order of the report
+	skips  []skip                     // one a visit and rung, in the order of the report, the second visits of the smallest rung last
 	errors map[visit]map[int][2]int64 // services → failed, all
 	rounds map[visit]map[int]int      // services → visits but the second ones of the smallest rung, with or without a value
 
@@ -121,7 +122,7 @@ func newTable(r *Run) *table {
 		}
 		p := place{rec.Provider, rec.Kernel, rec.Endpoints}
 		if rec.Skipped != "" {
-			s := skip{p, rec.Scenario, rec.Target, rec.Mode, rec.Services, rec.Skipped}
+			s := skip{p, rec.Scenario, rec.Target, rec.Mode, rec.Services, rec.Again, rec.Skipped}
 			if !seen[s] {
 				seen[s] = true
 				t.skips = append(t.skips, s)
@@ -146,7 +147,7 @@ func newTable(r *Run) *table {
 	t.keys = slices.SortedFunc(maps.Keys(t.series), t.compareKeys)
 	slices.SortStableFunc(t.skips, func(a, b skip) int {
 		return cmp.Or(comparePlaces(a.place, b.place), t.compareScenarios(a.scenario, b.scenario), compareListed(targets, a.target, b.target),
-			cmp.Compare(t.position(a.mode), t.position(b.mode)), cmp.Compare(a.services, b.services))
+			cmp.Compare(t.position(a.mode), t.position(b.mode)), compareBools(a.again, b.again), cmp.Compare(a.services, b.services))
 	})
 	return t
 }
@@ -174,6 +175,17 @@ func (t *table) add(k key, rec Record, value float64) {
 		t.repeated++
 	}
 	s.visits[rec.Services][rec.Round] = value
+}
+
+// compareBools puts false first.
+func compareBools(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case b:
+		return -1
+	}
+	return 1
 }
 
 // targets are in the order in which a reader wants them. Others stand at the empty string, by name.

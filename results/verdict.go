@@ -226,23 +226,24 @@ func ratio(s, base *series, floor string, services int, noise aaNoise) Ratio {
 	return r
 }
 
-// skippedAt returns the rungs that mode was skipped at for k, ascending, and the reason at each.
+// skippedAt returns the rungs that mode was skipped at for k, ascending, and the reason at each. The smallest rung's second
+// visit is none of them: a mode that was lost on the way up was measured there all the same.
 func (t *table) skippedAt(k key, mode string) (rungs []int, reasons map[int]string) {
 	reasons = map[int]string{}
 	for _, s := range t.skips {
-		if s.place == k.place() && s.scenario == k.scenario && s.target == k.target && s.mode == mode && reasons[s.services] == "" {
+		if s.place == k.place() && s.scenario == k.scenario && s.target == k.target && s.mode == mode && !s.again && reasons[s.services] == "" {
 			rungs, reasons[s.services] = append(rungs, s.services), s.reason
 		}
 	}
 	return rungs, reasons
 }
 
-// skipNotes returns "skipped at 10000: reason" for each reason that mode was skipped for at k.
+// skipNotes returns "skipped at 10000 Services: reason" for each reason that mode was skipped for at k, on the way up.
 func (t *table) skipNotes(k key, mode string) []string {
 	var reasons []string
 	rungs := map[string][]string{}
 	for _, s := range t.skips {
-		if s.place == k.place() && s.scenario == k.scenario && s.target == k.target && s.mode == mode {
+		if s.place == k.place() && s.scenario == k.scenario && s.target == k.target && s.mode == mode && !s.again {
 			if rungs[s.reason] == nil {
 				reasons = append(reasons, s.reason)
 			}
