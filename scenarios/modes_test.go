@@ -73,6 +73,9 @@ func mustOpen(t *testing.T) (kubernetes.Interface, []node) {
 	})
 	var nodes []node
 	for _, s := range cluster.Sites() {
+		if err := s.Err(); err != nil {
+			t.Fatal(err)
+		}
 		for _, pod := range s.Backends() {
 			p, err := pod.Start(t.Context(), scenarios.ServerCommand, "--identify", fmt.Sprintf("0.0.0.0:%d", namePort), "--name", pod.Name())
 			if err != nil {

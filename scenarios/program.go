@@ -6,11 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
+	"math/rand/v2"
 	"net/netip"
-	"slices"
-	"strings"
-	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -27,7 +24,7 @@ import (
 // the CPUs to the proxies.
 const pollPause = 20 * time.Millisecond
 
-// stillEvery is how often a person is told for whom a rung still waits.
+// stillEvery is how often a person is told for which site a rung still waits.
 const stillEvery = 15 * time.Second
 
 // fleetValues say how long the fleet itself took to be written and shown, apart from any mode.
@@ -41,146 +38,144 @@ func fleetValues(t fleet.Timing) []results.Value {
 // programming is the scenario name of the records that this file writes: how long each mode took to carry a rung.
 const programming = "programming"
 
-// program scales the fleet to the rung and returns when every site carries it: the newest Service answers and the rules or
-// maps count N. A site that does not within the plan's limit is out of the run from here on, and says so in the results.
+// program scales the fleet to the rung while every site is frozen, and then has the sites carry it, one after the other in
+// random order, while the others stay frozen: none takes the CPUs from another, and the fleet's own writing is in nobody's
+// time. It returns when all are done and at large again. A site that is not within the plan's limit is out of the run from
+// here on, and says so in the results.
+//
+// Note: all at once, from the first write on, was tried. Five proxies on two CPUs took twice to three times as long as alone,
+// and the quick ones were timed by the fleet's writing.
 func (b *bench) program(ctx context.Context, r *rung) error {
 	before := b.fleet.Len()
-	b.report.Step(fmt.Sprintf("writing Services: %d → %d", before, r.services))
 	for mode, reason := range b.skipped {
 		if err := b.skip(r, mode, reason); err != nil {
 			return err
 		}
 	}
-	var live []*site
 	for _, s := range b.sites {
 		if s.lost != "" {
 			if err := b.skip(r, s.name, s.lost); err != nil {
 				return err
 			}
-			continue
 		}
-		live = append(live, s)
 	}
-
-	if err := b.fleet.Reserve(r.services); err != nil {
+	if err := b.freezeAll(ctx, true); err != nil {
 		return err
 	}
+	b.report.Step(fmt.Sprintf("writing Services: %d → %d", before, r.services))
+	timing, err := b.fleet.Scale(ctx, r.services, nil)
+	if err != nil {
+		return err
+	}
+	r.timing = timing
 	for i := range r.services {
 		b.numbers[b.fleet.Service(i).Address] = i
 	}
-	began := time.Now()
-	var mu sync.Mutex // guards the report and waiting
-	waiting := map[string]bool{}
-	for _, s := range live {
-		if s.ProxyCgroup() != "" {
-			waiting[s.name] = true
-		}
-	}
-	told, stop := context.WithCancel(ctx)
-	defer stop()
-	go func() {
-		still := time.NewTicker(stillEvery)
-		defer still.Stop()
-		for {
-			select {
-			case <-told.Done():
-				return
-			case <-still.C:
-			}
-			mu.Lock()
-			if len(waiting) > 0 {
-				b.report.Step(fmt.Sprintf("still waiting for %s (%s of at most %s)", strings.Join(slices.Sorted(maps.Keys(waiting)), ", "), time.Since(began).Round(time.Second), b.plan.ProgrammingLimit))
-			}
-			mu.Unlock()
-		}
-	}()
-	g, gctx := errgroup.WithContext(ctx)
-	g.Go(func() error {
-		timing, err := b.fleet.Scale(gctx, r.services, nil)
-		if err != nil {
-			return err
-		}
-		r.timing = timing
-		mu.Lock()
-		defer mu.Unlock()
-		b.report.Step(fmt.Sprintf("the API server shows %d Services after %.1f s; waiting for the nodes to carry them", r.services, timing.Listed.Seconds()))
-		return nil
-	})
-	outcomes := make([]programmed, len(live))
-	for i, s := range live {
-		g.Go(func() (err error) {
-			outcomes[i], err = b.awaitProgrammed(gctx, s, r, began)
-			if err != nil {
+	b.report.Step(fmt.Sprintf("the API server shows %d Services after %.1f s; now the nodes, one after the other", r.services, timing.Listed.Seconds()))
+	order := rand.New(rand.NewPCG(b.plan.Seed, uint64(r.services)))
+	for _, i := range order.Perm(len(b.sites)) {
+		if s := b.sites[i]; s.lost == "" && s.ProxyCgroup() != "" {
+			if err := b.programSite(ctx, r, s, before); err != nil {
 				return fmt.Errorf("%s: %w", s.name, err)
 			}
-			mu.Lock()
-			defer mu.Unlock()
-			delete(waiting, s.name)
-			if p := outcomes[i]; p.late == "" && p.proxy {
-				b.report.Step(fmt.Sprintf("%s carries %d Services after %.1f s", s.name, r.services, p.took.Seconds()))
-			}
-			return nil
-		})
-	}
-	if err := g.Wait(); err != nil {
-		return err
-	}
-	for i, s := range live {
-		if err := b.recordProgramming(ctx, r, s, before, outcomes[i]); err != nil {
-			return err
 		}
 	}
-	return nil
-}
-
-// programmed is how a site came to carry a rung.
-type programmed struct {
-	proxy bool // false on floors, which have nothing to program
-	late  string
-	took  time.Duration
-	cpu   time.Duration
-}
-
-// awaitProgrammed waits for one site. Time counts from began, when the fleet's first write began.
-func (b *bench) awaitProgrammed(ctx context.Context, s *site, r *rung, began time.Time) (programmed, error) {
-	if s.ProxyCgroup() == "" {
-		return programmed{}, nil
+	for _, s := range b.sites {
+		if s.lost == "" {
+			r.sites = append(r.sites, s)
+		}
 	}
-	p := programmed{proxy: true}
+	return b.freezeAll(ctx, false)
+}
+
+// programSite lets one frozen site see the rung, waits until it carries it, writes its record, and freezes it again.
+func (b *bench) programSite(ctx context.Context, r *rung, s *site, before int) error {
+	p, err := b.awaitProgrammed(ctx, s, r)
+	if err != nil {
+		return err
+	}
+	if p.failed != "" {
+		return b.lose(ctx, r, s, p.failed)
+	}
+	b.report.Step(fmt.Sprintf("%s carries %d Services after %.1f s", s.name, r.services, p.took.Seconds()))
+	memory, err := meters.ReadMemory(s.ProxyCgroup())
+	if err != nil {
+		return err
+	}
+	rec := b.record(r, programming, s.name, "fleet", 0)
+	rec.Count = int64(max(r.services-before, before-r.services))
+	rec.Values = append(fleetValues(r.timing), []results.Value{
+		{Metric: "programming", Unit: "ns", Value: float64(p.took)},
+		{Metric: "proxy-programming-cpu", Unit: "ns", Value: float64(p.cpu)},
+		{Metric: "proxy-rss", Unit: "bytes", Value: float64(memory.RSS)},
+	}...)
+	if err := b.writer.Append(rec); err != nil {
+		return err
+	}
+	return s.Freeze(ctx, true)
+}
+
+// programmed is how a site came to carry a rung, or why it did not.
+type programmed struct {
+	failed string
+	took   time.Duration
+	cpu    time.Duration
+}
+
+// lookEvery is how often a wait for a site's newest Service is broken off to see whether its proxy lives.
+const lookEvery = 5 * time.Second
+
+// awaitProgrammed lets a site go on and waits until it carries the rung: the newest Service answers and the rules or maps
+// count N.
+func (b *bench) awaitProgrammed(ctx context.Context, s *site, r *rung) (programmed, error) {
+	var p programmed
 	cpu, err := meters.Usage(s.ProxyCgroup())
 	if err != nil {
+		return p, err
+	}
+	began := time.Now()
+	if err := s.Freeze(ctx, false); err != nil {
 		return p, err
 	}
 	limit, cancel := context.WithDeadline(ctx, began.Add(b.plan.ProgrammingLimit))
 	defer cancel()
 	newest := b.fleet.Service(r.services - 1).Address
 	counted, want := 0, s.base+r.services
+	told := began
 	late := func() (programmed, error) {
 		if ctx.Err() != nil {
 			return p, ctx.Err()
 		}
-		p.late = fmt.Sprintf("not programmed in %s (%d of %d Service ports)", b.plan.ProgrammingLimit, counted, want)
+		p.failed = fmt.Sprintf("not programmed in %s (%d of %d Service ports)", b.plan.ProgrammingLimit, counted, want)
 		return p, nil
 	}
 	for {
+		if err := s.Err(); err != nil {
+			p.failed = reason(err)
+			return p, nil
+		}
 		left := time.Until(began.Add(b.plan.ProgrammingLimit))
 		if left <= 0 {
+			counted, _ = s.mode.Programmed(ctx, s.Site) // best effort: it only completes the message
 			return late()
 		}
-		reply, err := s.load.client.Do(ctx, load.Request{Kind: load.Wait, Addresses: []netip.AddrPort{newest}, Pause: pollPause, Limit: left})
+		reply, err := s.load.client.Do(ctx, load.Request{Kind: load.Wait, Addresses: []netip.AddrPort{newest}, Pause: pollPause, Limit: min(left, lookEvery)})
 		if err != nil {
 			return p, err
 		}
+		if now := time.Now(); now.Sub(told) >= stillEvery {
+			told = now
+			b.report.Step(fmt.Sprintf("still waiting for %s (%s of at most %s)", s.name, now.Sub(began).Round(time.Second), b.plan.ProgrammingLimit))
+		}
 		if reply.Unsent > 0 {
-			counted, _ = s.mode.Programmed(ctx, s.Site) // best effort: it only completes the message
-			return late()
+			continue
 		}
 		answered := time.Now()
 		// Counting takes its time on a large rung; a proxy that is still at work gets as much between two counts.
 		if counted, err = s.mode.Programmed(limit, s.Site); err != nil && limit.Err() == nil {
 			return p, err
 		}
-		if counted == want {
+		if err == nil && counted == want {
 			p.took = answered.Sub(began)
 			now, err := meters.Usage(s.ProxyCgroup())
 			p.cpu = now - cpu
@@ -194,32 +189,24 @@ func (b *bench) awaitProgrammed(ctx context.Context, s *site, r *rung, began tim
 	}
 }
 
-// recordProgramming writes a site's programming record and takes late sites out of the run.
-func (b *bench) recordProgramming(ctx context.Context, r *rung, s *site, before int, p programmed) error {
-	if p.late != "" {
-		s.lost = p.late
-		b.report.Warn(fmt.Sprintf("%s: %s; it is out of the run from here on", s.name, p.late))
-		if err := s.Freeze(ctx, true); err != nil {
-			return fmt.Errorf("%s is late and cannot be stopped: %w", s.name, err)
-		}
-		return b.skip(r, s.name, p.late)
-	}
-	r.sites = append(r.sites, s)
-	if !p.proxy {
-		return nil
-	}
-	memory, err := meters.ReadMemory(s.ProxyCgroup())
-	if err != nil {
+// lose takes a site out of the run: its proxy ends, so that it disturbs nobody, and its rows say why.
+func (b *bench) lose(ctx context.Context, r *rung, s *site, why string) error {
+	s.lost = why
+	b.report.Warn(fmt.Sprintf("%s: %s; it is out of the run from here on", s.name, why))
+	if err := b.skip(r, s.name, why); err != nil {
 		return err
 	}
-	rec := b.record(r, programming, s.name, "fleet", 0)
-	rec.Count = int64(max(r.services-before, before-r.services))
-	rec.Values = append(fleetValues(r.timing), []results.Value{
-		{Metric: "programming", Unit: "ns", Value: float64(p.took)},
-		{Metric: "proxy-programming-cpu", Unit: "ns", Value: float64(p.cpu)},
-		{Metric: "proxy-rss", Unit: "bytes", Value: float64(memory.RSS)},
-	}...)
-	return b.writer.Append(rec)
+	limit, cancel := context.WithTimeout(ctx, restLimit)
+	defer cancel()
+	err := s.Stop(limit)
+	if err == nil {
+		err = s.Freeze(limit, true)
+	}
+	if err != nil && ctx.Err() == nil {
+		// The kernel may be deep in its transaction. What it uses of the CPUs shows in every visit.
+		b.report.Warn(fmt.Sprintf("%s: its proxy does not end: %v", s.name, err))
+	}
+	return ctx.Err()
 }
 
 // skip writes one row a scenario and target that says why there is nothing to measure.

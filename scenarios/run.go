@@ -73,7 +73,7 @@ type site struct {
 	base int
 	// chain is the fleet's Services in the order in which the kernel tries them, as numbers in the fleet; nil without a chain.
 	chain []int
-	// lost says why the site is out of the run: it was not programmed in time on an earlier rung.
+	// lost says why the site is out of the run: its proxy does not serve, or did not carry an earlier rung in time.
 	lost string
 }
 
@@ -137,7 +137,7 @@ func Run(ctx context.Context, plan Plan, provider clusters.Provider, env results
 		report.Step("removing the cluster")
 		err = errors.Join(err, b.close(context.WithoutCancel(ctx)))
 	}()
-	// A dead control plane or proxy ends the run with its own words instead of a time-out.
+	// A dead control plane ends the run with its own words instead of a time-out.
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	go func() {
@@ -238,9 +238,17 @@ func (b *bench) populate(ctx context.Context) error {
 		if s.ProxyCgroup() == "" {
 			continue
 		}
-		if s.base, err = s.awaitBase(ctx); err != nil {
-			return err
+		if s.Err() == nil {
+			if s.base, err = s.awaitBase(ctx); err == nil {
+				continue
+			}
+			if ctx.Err() != nil || s.Err() == nil {
+				return err
+			}
 		}
+		// A mode whose proxy does not come up is a result; the others go on.
+		s.lost = reason(s.Err())
+		b.report.Warn(fmt.Sprintf("%s: %s; it is out of the run", s.name, s.lost))
 	}
 	return nil
 }
@@ -255,6 +263,9 @@ func (s *site) awaitBase(ctx context.Context) (int, error) {
 	defer cancel()
 	var last error
 	for {
+		if err := s.Err(); err != nil {
+			return 0, err
+		}
 		n, err := s.mode.Programmed(ctx, s.Site)
 		if n > 0 {
 			return n, nil
@@ -310,7 +321,7 @@ func (b *bench) climb(ctx context.Context) error {
 	return nil
 }
 
-// visitRung brings every site to the rung, waits until all is at rest, and goes the rounds.
+// visitRung brings every site to the rung, waits until all is at rest, and goes the rounds. It leaves the sites frozen.
 func (b *bench) visitRung(ctx context.Context, r *rung) error {
 	if err := b.program(ctx, r); err != nil {
 		return fmt.Errorf("%d Services: %w", r.services, err)
@@ -329,7 +340,7 @@ func (b *bench) visitRung(ctx context.Context, r *rung) error {
 			return fmt.Errorf("%d Services, round %d: %w", r.services, round+1, err)
 		}
 	}
-	return b.freezeAll(ctx, false)
+	return nil
 }
 
 // goRound visits every site of the rung once, in random order. What was disturbed is done again at the end of the round, by
@@ -350,6 +361,16 @@ func (b *bench) goRound(ctx context.Context, r *rung, round int) error {
 	for len(queue) > 0 {
 		t := queue[0]
 		queue = queue[1:]
+		if err := t.site.Err(); err != nil && t.site.lost == "" {
+			// What was measured while the proxy lived stands.
+			if err := b.lose(ctx, r, t.site, reason(err)); err != nil {
+				return err
+			}
+			r.sites = slices.DeleteFunc(r.sites, func(s *site) bool { return s == t.site })
+		}
+		if t.site.lost != "" {
+			continue
+		}
 		b.report.Progress(b.done, b.total, fmt.Sprintf("%d Services, round %d of %d: %s", r.services, round+1, r.rounds, t.site.name))
 		left, err := b.visit(ctx, r, t.site, round, t.todo, t.attempt < attempts && float64(r.repeats) < budget)
 		if err != nil {
@@ -366,10 +387,13 @@ func (b *bench) goRound(ctx context.Context, r *rung, round int) error {
 	return nil
 }
 
-// freezeAll stops or resumes all sites; those out of the run stay stopped.
+// freezeAll stops or resumes all sites; those out of the run stay as they are.
 func (b *bench) freezeAll(ctx context.Context, frozen bool) error {
 	for _, s := range b.sites {
-		if err := s.Freeze(ctx, frozen || s.lost != ""); err != nil {
+		if s.lost != "" {
+			continue
+		}
+		if err := s.Freeze(ctx, frozen); err != nil {
 			return err
 		}
 	}

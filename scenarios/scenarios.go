@@ -59,7 +59,7 @@ var Metrics = []Metric{
 	{"machine-cpu-ns/op", "the same from outside: the machine's wall clock × CPUs − idle; a cross-check that holds all else too"},
 	{"proxy-cpu-ns/op", "CPU of the proxy's processes alone in the same time"},
 	{"fleet-listed-ns", "until the API server's LISTs showed the rung's Services, counted from the first write"},
-	{"programming-ns", "from the first write of a rung's Services until the newest answers and the rules or maps count N"},
+	{"programming-ns", "from the moment when the proxy may see a rung's Services until the newest answers and the rules or maps count N"},
 	{"proxy-programming-cpu-ns", "CPU that the proxy's processes used for that"},
 	{"proxy-rss-bytes", "resident memory of the proxy's processes once the rung is programmed"},
 }

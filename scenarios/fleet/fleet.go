@@ -123,15 +123,6 @@ func (f *Fleet) Close() {
 	f.done.Wait()
 }
 
-// Reserve gives the first n Services the addresses that they will have, without writing any, so that a client can wait for
-// the newest while a Scale is under way. Service may be called for them from here on.
-func (f *Fleet) Reserve(n int) error {
-	f.scaling.Lock()
-	defer f.scaling.Unlock()
-	_, err := f.allocate(n)
-	return err
-}
-
 // Scale creates what is missing of Services 0 to n-1, deletes everything else in the namespace, and returns once LISTs and our
 // own watches show exactly n Services with their slices and IPAddresses. What others deleted since the last Scale is
 // missing. progress, which may be nil, is told how many objects (some three a Service) of how many are written.
