@@ -86,6 +86,7 @@ func Client(ctx context.Context, in io.Reader, out io.Writer) error {
 type session struct {
 	work  func(context.Context) (Reply, error) // set by prepare, used up by run
 	reply *Reply                               // set by run, used up by collect
+	ports waitPorts                            // taken from by every Wait
 }
 
 func (s *session) take(ctx context.Context, c command) (*Reply, error) {
@@ -121,7 +122,7 @@ func (s *session) prepare(ctx context.Context, request Request) error {
 		}
 		s.work = c.run
 	case Wait:
-		s.work = func(ctx context.Context) (Reply, error) { return wait(ctx, request) }
+		s.work = func(ctx context.Context) (Reply, error) { return wait(ctx, request, &s.ports) }
 	default:
 		s.work = func(ctx context.Context) (Reply, error) { return identify(ctx, request) }
 	}

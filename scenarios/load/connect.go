@@ -67,9 +67,6 @@ func prepareConnects(ctx context.Context, request Request) (*connects, error) {
 	if request.Quiet > 0 {
 		c.reply.Disturbed = make([]int64, 0, request.operations())
 	}
-	if request.Rate > 0 {
-		c.reply.Responses = make([]int64, 0, request.Count)
-	}
 	c.reply.Errors = make(map[string]int64, 8)
 	warmup := order(request.Seed, 2, len(request.Addresses), request.Warmup)
 	// What the request left behind is collected now, and nothing is while the loop runs.
@@ -149,10 +146,6 @@ func (c *connects) loop(ctx context.Context) error {
 			continue
 		}
 		c.reply.Latencies = append(c.reply.Latencies, int64(returned-called))
-		if c.request.Rate > 0 {
-			// Subtle: due time, not send time. An operation that had to wait for a slow one before it has been slow too.
-			c.reply.Responses = append(c.reply.Responses, int64(returned-due))
-		}
 	}
 	c.reply.Began, c.reply.Elapsed = c.base, last
 	c.reply.CPU = processCPU() - cpu

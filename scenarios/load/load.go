@@ -32,7 +32,8 @@ const (
 	Identify Kind = "identify"
 	// Datagram sends one datagram from a connected UDP socket and reads the reply, which names the server.
 	Datagram Kind = "datagram"
-	// Wait connects by TCP to one address after the other, each again and again until it succeeds.
+	// Wait connects by TCP to one address after the other, each again and again until it succeeds. Its source ports are
+	// none that Connect and Identify ever take.
 	Wait Kind = "wait"
 )
 
@@ -133,9 +134,6 @@ type Reply struct {
 	Disturbed []int64 `json:"disturbed,omitempty"`
 	// Reference is the fastest reading of the reference so far; zero unless Request.Quiet was set.
 	Reference time.Duration `json:"reference,omitempty"`
-	// Responses holds, for the same operations as Latencies, the nanoseconds from the due time to the return.
-	// Empty in a closed loop.
-	Responses []int64 `json:"responses,omitempty"`
 	// Errors counts failed operations by errno name ("ECONNREFUSED") or "timeout".
 	Errors map[string]int64 `json:"errors,omitempty"`
 	// Answered counts successes by the server's name. Identify and Datagram only.

@@ -5,15 +5,18 @@ package load
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
 
@@ -30,8 +33,8 @@ func TestConnectRecordsEveryOperation(t *testing.T) {
 	server, _, _ := mustServer(t, p.server, ServeOptions{Connect: addresses, Somaxconn: 1 << 16})
 	client, _ := mustClient(t, p.client)
 	reply := mustDo(t, client, Request{Addresses: addresses, Count: 5000, Warmup: 100, Seed: 1})
-	if len(reply.Latencies) != 5000 || reply.Failed() != 0 || len(reply.Responses) != 0 {
-		t.Errorf("%d latencies, %d responses, errors %v; want 5000, none and none", len(reply.Latencies), len(reply.Responses), reply.Errors)
+	if len(reply.Latencies) != 5000 || reply.Failed() != 0 {
+		t.Errorf("%d latencies, errors %v; want 5000 and none", len(reply.Latencies), reply.Errors)
 	}
 	var sum time.Duration
 	for i, l := range reply.Latencies {
@@ -148,22 +151,16 @@ func TestPacedConnectsKeepTheSchedule(t *testing.T) {
 	mustServer(t, p.server, ServeOptions{Connect: addresses})
 	client, _ := mustClient(t, p.client)
 	reply := mustDo(t, client, Request{Addresses: addresses, Count: 200, Warmup: 20, Rate: 500})
-	if len(reply.Latencies) != 200 || len(reply.Responses) != 200 {
-		t.Fatalf("%d latencies, %d responses, errors %v; want 200 of each", len(reply.Latencies), len(reply.Responses), reply.Errors)
+	if len(reply.Latencies) != 200 {
+		t.Fatalf("%d latencies, errors %v; want 200 and none", len(reply.Latencies), reply.Errors)
 	}
 	// The last of 200 is due after 199 intervals of 2 ms.
 	if least := 398 * time.Millisecond; reply.Elapsed < least || reply.Elapsed > least+time.Second {
 		t.Errorf("200 connects at 500 a second took %s", reply.Elapsed)
 	}
-	for i := range reply.Latencies {
-		if reply.Responses[i] < reply.Latencies[i] {
-			t.Fatalf("connect %d returned %d ns after it was due, but took %d ns", i, reply.Responses[i], reply.Latencies[i])
-		}
-	}
 }
 
-// A connect that hangs makes those that were due meanwhile late: they are sent all the same, quick by the latency and slow
-// by the response.
+// A connect that hangs makes those that were due meanwhile late: they are sent all the same, and counted.
 func TestPacedConnectsAreNeverOmitted(t *testing.T) {
 	p := mustPods(t)
 	addresses := ports(serverIP, 8080)
@@ -176,10 +173,6 @@ func TestPacedConnectsAreNeverOmitted(t *testing.T) {
 	}
 	if reply.Late < 15 {
 		t.Errorf("%d operations were late, want nearly all", reply.Late)
-	}
-	latency, response := Summarize(reply.Latencies), Summarize(reply.Responses)
-	if response.P50 < 100*time.Millisecond.Nanoseconds() || response.P50 < 2*latency.P50 {
-		t.Errorf("median response is %d ns, median latency %d ns: the queue does not show", response.P50, latency.P50)
 	}
 }
 
@@ -247,6 +240,58 @@ func TestWait(t *testing.T) {
 	}
 	if answered := reply.Began.Add(reply.Elapsed); answered.Before(before) || answered.After(time.Now()) {
 		t.Errorf("answered at %s, outside of the time that was waited", answered)
+	}
+}
+
+// mustNFT loads rules into a namespace.
+func mustNFT(tb testing.TB, ns netns.NsHandle, rules string) {
+	tb.Helper()
+	path, err := exec.LookPath("nft")
+	if err != nil {
+		tb.Skip(err)
+	}
+	cmd := exec.Command(path, "-f", "-")
+	cmd.Stdin = strings.NewReader(rules)
+	var output []byte
+	err = inNamespace(ns, func() (err error) {
+		output, err = cmd.CombinedOutput()
+		return err
+	})
+	if err != nil {
+		tb.Fatalf("nft: %v\n%s", err, output)
+	}
+}
+
+// While a Service is waited for, SYNs to it go out untranslated. None of the connects that come after may meet what connection
+// tracking remembers of them.
+func TestWaitDoesNotSpoilLaterConnects(t *testing.T) {
+	p := mustPods(t)
+	service := netip.MustParseAddrPort("203.0.113.1:80")
+	// Subtle: the rule that looks at ct is what turns connection tracking on.
+	mustNFT(t, p.client, "table ip test { chain output { type nat hook output priority -100; ct state invalid counter; }; }")
+	mustRoute(t, p.client, service.Addr(), blackHoleIP)
+	// Few enough ports for the connects to take each of them.
+	err := inNamespace(p.client, func() error {
+		return os.WriteFile("/proc/sys/net/ipv4/ip_local_port_range", []byte("40000 40099"), 0)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	backend := ports(serverIP, 8080)
+	mustServer(t, p.server, ServeOptions{Connect: backend})
+	client, _ := mustClient(t, p.client)
+	missing := mustDo(t, client, Request{Kind: Wait, Addresses: []netip.AddrPort{service}, Limit: 300 * time.Millisecond})
+	if missing.Errors[timedOut] == 0 || missing.Unsent != 1 {
+		t.Fatalf("nothing translates, but waiting saw %v, %d missing", missing.Errors, missing.Unsent)
+	}
+	mustNFT(t, p.client, fmt.Sprintf("add rule ip test output ip daddr %s tcp dport %d dnat to %s", service.Addr(), service.Port(), backend[0]))
+	found := mustDo(t, client, Request{Kind: Wait, Addresses: []netip.AddrPort{service}, Limit: 10 * time.Second})
+	if found.Unsent != 0 {
+		t.Fatalf("the Service is there, but waiting saw %v", found.Errors)
+	}
+	reply := mustDo(t, client, Request{Addresses: []netip.AddrPort{service}, Count: 500, Timeout: 50 * time.Millisecond})
+	if reply.Failed() != 0 {
+		t.Errorf("after %d attempts that were lost, connects failed: %v", missing.Errors[timedOut], reply.Errors)
 	}
 }
 
@@ -357,6 +402,5 @@ func BenchmarkPacedConnect(b *testing.B) {
 	b.ResetTimer()
 	reply := mustDo(b, client, Request{Addresses: addresses, Count: b.N, Warmup: 500, Rate: 1000})
 	b.ReportMetric(float64(Summarize(reply.Latencies).P50), "p50-ns")
-	b.ReportMetric(float64(Summarize(reply.Responses).P50), "response-p50-ns")
 	b.ReportMetric(float64(reply.CPU)/float64(b.N), "client-cpu-ns/op")
 }

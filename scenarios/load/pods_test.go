@@ -144,6 +144,19 @@ func mustAddress(tb testing.TB, handle *netlink.Handle, ip netip.Addr) {
 	}
 }
 
+// mustRoute sends what goes to an address by way of a neighbour.
+func mustRoute(tb testing.TB, ns netns.NsHandle, to, by netip.Addr) {
+	tb.Helper()
+	handle, err := netlink.NewHandleAt(ns)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	defer handle.Close()
+	if err := handle.RouteAdd(&netlink.Route{Dst: &net.IPNet{IP: to.AsSlice(), Mask: net.CIDRMask(to.BitLen(), to.BitLen())}, Gw: by.AsSlice()}); err != nil {
+		tb.Fatal(err)
+	}
+}
+
 // child is a client or a server that runs in a namespace.
 type child struct {
 	*exec.Cmd
