@@ -19,25 +19,19 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/plimsoll-bench/plimsoll/clusters/lab/labtest"
 )
 
-// testBin is where `make build` puts etcd and kube-apiserver.
+// testBin is where `make build` puts etcd, kube-apiserver and kube-proxy.
 const testBin = "../../bin"
 
 func mustStartControlPlane(tb testing.TB) (*ControlPlane, ControlPlaneOptions) {
 	tb.Helper()
-	if os.Geteuid() != 0 {
-		tb.Skip("network namespaces and cgroups need root")
-	}
-	for _, program := range []string{"etcd", "kube-apiserver"} {
-		if _, err := os.Stat(filepath.Join(testBin, program)); err != nil {
-			tb.Skipf("%s is not built (make build)", program)
-		}
-	}
 	o := ControlPlaneOptions{
 		Name: fmt.Sprintf("test-%s-%d", strings.ToLower(tb.Name()), os.Getpid()),
 		Dir:  tb.TempDir(),
-		Bin:  testBin,
+		Bin:  labtest.Bin(tb, testBin),
 	}
 	c, err := StartControlPlane(tb.Context(), o)
 	if err != nil {

@@ -23,17 +23,20 @@ import (
 	"github.com/plimsoll-bench/plimsoll/clusters/lab/labtest"
 )
 
-// mustCreate opens a lab with the programs of bin/ and closes it with the test.
-func mustCreate(t *testing.T, name string, sites ...clusters.ProxySpec) *lab {
+// testPlan is a lab with the programs of the folder bin, whose pods run cat.
+func testPlan(t *testing.T, name, bin string, sites ...clusters.ProxySpec) clusters.Plan {
 	t.Helper()
-	bin := labtest.Bin(t, "../../bin")
 	cat, err := exec.LookPath("cat")
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := Provider{}.Create(t.Context(), clusters.Plan{
-		Name: fmt.Sprintf("test-%s-%d", name, os.Getpid()), Dir: t.TempDir(), Bin: bin, Program: cat, Sites: sites,
-	})
+	return clusters.Plan{Name: fmt.Sprintf("test-%s-%d", name, os.Getpid()), Dir: t.TempDir(), Bin: bin, Program: cat, Sites: sites}
+}
+
+// mustCreate opens a lab and closes it with the test.
+func mustCreate(t *testing.T, plan clusters.Plan) *lab {
+	t.Helper()
+	c, err := Provider{}.Create(t.Context(), plan)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -47,7 +50,7 @@ func mustCreate(t *testing.T, name string, sites ...clusters.ProxySpec) *lab {
 }
 
 func TestPodsReachEachOtherAndNothingElse(t *testing.T) {
-	l := mustCreate(t, "pods", clusters.ProxySpec{Name: "direct"}, clusters.ProxySpec{Name: "hooks", ConntrackHooks: true})
+	l := mustCreate(t, testPlan(t, "pods", labtest.Bin(t, testBin), clusters.ProxySpec{Name: "direct"}, clusters.ProxySpec{Name: "hooks", ConntrackHooks: true}))
 	for _, n := range l.nodes {
 		for i, b := range n.backends {
 			// The last address but one of the range: a pod answers on all of it.
@@ -80,7 +83,7 @@ func TestPodsReachEachOtherAndNothingElse(t *testing.T) {
 }
 
 func TestProcessesRunInsideTheirPod(t *testing.T) {
-	l := mustCreate(t, "exec", clusters.ProxySpec{Name: "direct"})
+	l := mustCreate(t, testPlan(t, "exec", labtest.Bin(t, testBin), clusters.ProxySpec{Name: "direct"}))
 	n := l.nodes[0]
 	p, err := n.client.Start(t.Context())
 	if err != nil {
@@ -116,18 +119,26 @@ func TestProcessesRunInsideTheirPod(t *testing.T) {
 }
 
 func TestKubeProxyIsReal(t *testing.T) {
-	if _, err := exec.LookPath("nft"); err != nil {
-		t.Skip("needs nft")
-	}
-	l := mustCreate(t, "proxy", clusters.ProxySpec{Name: "nftables", KubeProxy: "nftables"})
+	needNFT(t)
+	l := mustCreate(t, testPlan(t, "proxy", labtest.Bin(t, testBin), clusters.ProxySpec{Name: "nftables", KubeProxy: "nftables"}))
 	n := l.nodes[0]
 	client := http.Client{Transport: &http.Transport{DialContext: n.DialContext}}
-	resp, err := client.Get("http://127.0.0.1:10249/proxyMode")
-	if err != nil {
+	ctx, cancel := context.WithTimeout(t.Context(), serveLimit)
+	defer cancel()
+	var mode []byte
+	// Its metrics are served a moment after its health.
+	if err := poll(ctx, "kube-proxy to say its mode", func() (bool, error) {
+		resp, err := client.Get("http://127.0.0.1:10249/proxyMode")
+		if err != nil {
+			return false, err
+		}
+		defer resp.Body.Close()
+		mode, err = io.ReadAll(resp.Body)
+		return err == nil, err
+	}); err != nil {
 		t.Fatal(err)
 	}
-	defer resp.Body.Close()
-	if mode, _ := io.ReadAll(resp.Body); string(mode) != "nftables" {
+	if string(mode) != "nftables" {
 		t.Errorf("kube-proxy says mode %q", mode)
 	}
 	// A proxy that dies is told with the end of its log, and is not the lab's end.

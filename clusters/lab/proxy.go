@@ -61,7 +61,7 @@ func (n *node) startProxy(ctx context.Context, bin, kubeconfig string) error {
 // giveUp ends a proxy that has failed, so that the others have the host to themselves, and keeps the reason for Err.
 func (n *node) giveUp(ctx context.Context, reason error) {
 	n.mu.Lock()
-	n.err = fmt.Errorf("node %s: %w", n.spec.Name, reason)
+	n.err = reason
 	n.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, settleLimit)
 	defer cancel()

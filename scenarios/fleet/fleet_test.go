@@ -26,10 +26,8 @@ import (
 	"k8s.io/client-go/kubernetes"
 
 	"github.com/plimsoll-bench/plimsoll/clusters/lab"
+	"github.com/plimsoll-bench/plimsoll/clusters/lab/labtest"
 )
-
-// testBin is where `make build` puts etcd and kube-apiserver.
-const testBin = "../../bin"
 
 // testCluster is a real etcd and kube-apiserver.
 type testCluster struct {
@@ -40,19 +38,12 @@ type testCluster struct {
 
 func mustStart(tb testing.TB) testCluster {
 	tb.Helper()
-	if os.Geteuid() != 0 {
-		tb.Skip("a control plane needs root")
-	}
-	for _, program := range []string{"etcd", "kube-apiserver"} {
-		if _, err := os.Stat(filepath.Join(testBin, program)); err != nil {
-			tb.Skipf("%s is not built (make build)", program)
-		}
-	}
+	bin := labtest.Bin(tb, "../../bin")
 	dir := tb.TempDir()
 	control, err := lab.StartControlPlane(tb.Context(), lab.ControlPlaneOptions{
 		Name: fmt.Sprintf("test-%s-%d", strings.ToLower(strings.NewReplacer("/", "-", "=", "-").Replace(tb.Name())), os.Getpid()),
 		Dir:  dir,
-		Bin:  testBin,
+		Bin:  bin,
 	})
 	if err != nil {
 		tb.Fatal(err)
