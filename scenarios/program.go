@@ -24,6 +24,10 @@ import (
 // the CPUs to the proxies.
 const pollPause = 20 * time.Millisecond
 
+// againLimit bounds the way back to the smallest rung: that rung is visited again to see whether the machine has drifted, which
+// is not worth half an hour's wait for a proxy that takes its rules down one by one.
+const againLimit = 5 * time.Minute
+
 // stillEvery is how often a person is told for which site a rung still waits.
 const stillEvery = 15 * time.Second
 
@@ -137,7 +141,11 @@ func (b *bench) awaitProgrammed(ctx context.Context, s *site, r *rung) (programm
 	if err := s.Freeze(ctx, false); err != nil {
 		return p, err
 	}
-	limit, cancel := context.WithDeadline(ctx, began.Add(b.plan.ProgrammingLimit))
+	patience := b.plan.ProgrammingLimit
+	if r.again {
+		patience = min(patience, againLimit)
+	}
+	limit, cancel := context.WithDeadline(ctx, began.Add(patience))
 	defer cancel()
 	newest := b.fleet.Service(r.services - 1).Address
 	counted, want := 0, s.base+r.services
@@ -146,7 +154,7 @@ func (b *bench) awaitProgrammed(ctx context.Context, s *site, r *rung) (programm
 		if ctx.Err() != nil {
 			return p, ctx.Err()
 		}
-		p.failed = fmt.Sprintf("not programmed in %s (%d of %d Service ports)", b.plan.ProgrammingLimit, counted, want)
+		p.failed = fmt.Sprintf("not programmed in %s (%d of %d Service ports)", patience, counted, want)
 		return p, nil
 	}
 	for {
@@ -154,7 +162,7 @@ func (b *bench) awaitProgrammed(ctx context.Context, s *site, r *rung) (programm
 			p.failed = reason(err)
 			return p, nil
 		}
-		left := time.Until(began.Add(b.plan.ProgrammingLimit))
+		left := time.Until(began.Add(patience))
 		if left <= 0 {
 			counted, _ = s.mode.Programmed(ctx, s.Site) // best effort: it only completes the message
 			return late()
@@ -165,7 +173,7 @@ func (b *bench) awaitProgrammed(ctx context.Context, s *site, r *rung) (programm
 		}
 		if now := time.Now(); now.Sub(told) >= stillEvery {
 			told = now
-			b.report.Step(fmt.Sprintf("still waiting for %s (%s of at most %s)", s.name, now.Sub(began).Round(time.Second), b.plan.ProgrammingLimit))
+			b.report.Step(fmt.Sprintf("still waiting for %s (%s of at most %s)", s.name, now.Sub(began).Round(time.Second), patience))
 		}
 		if reply.Unsent > 0 {
 			continue
