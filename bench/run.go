@@ -78,7 +78,7 @@ func newRunCommand() *cobra.Command {
 	f.DurationVar(&o.plan.ProgrammingLimit, "programming-limit", 0, "how long a mode may take to carry a rung before it is skipped")
 	f.StringVar(&o.plan.Bin, "bin", "", "folder with kube-apiserver, kube-proxy and etcd (default the one that this program lies in)")
 	f.StringVar(&o.plan.Twin, "twin", "direct", "mode that gets a second node; the noise floor comes from the difference; empty for none")
-	f.IntVar(&o.plan.Connects, "connects", 300, "connects timed per visit and target")
+	f.IntVar(&o.plan.Connects, "connects", 500, "connects timed per visit and target")
 	f.Float64Var(&o.plan.Rate, "rate", 1000, "connects a second while CPU is measured, the same for all modes")
 	f.IntVar(&o.plan.PacedConnects, "paced-connects", 0, "connects per visit and target while CPU is measured")
 	return cmd

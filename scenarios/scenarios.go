@@ -24,6 +24,9 @@ type Scenario interface {
 	// Services picks the Services that stand for target on a site, as numbers in the fleet. count is the largest number of
 	// connects to come.
 	Services(r *rung, site *site, target string, rng *rand.Rand, count int) []int
+	// Spread is how many times the plan's number of connects a visit times for target: more than once where the cost differs
+	// from Service to Service, so that the median does not hang on which ones were drawn.
+	Spread(target string) int
 	// ThroughService is true when clients connect to a Service's address, false when to its endpoints' own. On a floor's
 	// node, which carries no Services, it is always the endpoints' own.
 	ThroughService() bool

@@ -14,6 +14,7 @@ func (tax) Doc() string {
 	return "connect(2) to a pod's own address on a node that carries N Services: what connections pay that use none"
 }
 func (tax) Targets() []string    { return []string{"pod"} }
+func (tax) Spread(string) int    { return 1 }
 func (tax) ThroughService() bool { return false }
 
 // Services picks one: its endpoints stand for any pod.

@@ -23,13 +23,14 @@ const (
 	// repeatShare bounds the repeats at a rung, as a share of its work: on a machine that is never quiet they would triple the
 	// time and cure nothing.
 	repeatShare = 0.25
-	// quietSlack is how much slower than its fastest the CPU may be for a connect to count (load.Request.Quiet).
-	quietSlack = 0.1
+	// quietSlack is how much slower than its fastest the CPU may be for a connect to count (load.Request.Quiet). Undisturbed
+	// readings lie within 3 % of the fastest, the next ones from 6 % on.
+	quietSlack = 0.05
 	// minQuiet is how many such connects a median can stand on; with fewer there is none.
 	minQuiet = 50
-	// closedLimit bounds the closed loop of one target, on slow modes and disturbed machines. A connect that times out in it
-	// is counted.
-	closedLimit = connectTimeout
+	// closedLimit bounds the closed loop of one target, on slow modes and disturbed machines. It is longer than a connect that
+	// times out in it, which is counted, and than most disturbed spells.
+	closedLimit = 3 * time.Second
 	// burst is how many of the paced connects are due together.
 	burst = 10
 	// connectTimeout is when a connect counts as timed out.
@@ -42,6 +43,9 @@ type work struct {
 	target   string
 	seed     uint64 // of the Services and of the order in which they are connected to
 }
+
+// connects is how many connects the closed loop times, where n is the plan's number.
+func (w work) connects(n int) int { return n * w.scenario.Spread(w.target) }
 
 // work lists what every visit of a round does, in random order: none of the targets is always the one right after the thaw.
 // Every site of a round draws the same numbers, so that all connect to the same random Services.
@@ -111,8 +115,8 @@ func (b *bench) measure(ctx context.Context, r *rung, s *site, round int, todo [
 		return nil, nil, err
 	}
 	for _, w := range todo {
-		services := w.scenario.Services(r, s, w.target, rand.New(rand.NewPCG(w.seed, 0)), load.QuietPatience*b.plan.Connects)
-		m, err := b.measureTarget(ctx, s, b.record(r, w.scenario.Name(), s.name, w.target, round), load.Request{
+		services := w.scenario.Services(r, s, w.target, rand.New(rand.NewPCG(w.seed, 0)), load.QuietPatience*w.connects(b.plan.Connects))
+		m, err := b.measureTarget(ctx, s, w.connects(b.plan.Connects), b.record(r, w.scenario.Name(), s.name, w.target, round), load.Request{
 			Addresses: addresses(b.fleet, services, w.scenario.ThroughService() && s.mode.Floor() != ""),
 			Seed:      w.seed, Timeout: connectTimeout,
 		})
@@ -170,11 +174,11 @@ func (s *site) meters() meters.Site {
 	return m
 }
 
-// measureTarget times connects in a closed loop, then reads the CPU meters around connects at the plan's rate, and adds
+// measureTarget times so many connects in a closed loop, then reads the CPU meters around connects at the plan's rate, and adds
 // both to the record.
-func (b *bench) measureTarget(ctx context.Context, s *site, record results.Record, request load.Request) (measured, error) {
+func (b *bench) measureTarget(ctx context.Context, s *site, connects int, record results.Record, request load.Request) (measured, error) {
 	closed := request
-	closed.Count, closed.Warmup, closed.Limit = b.plan.Connects, b.plan.Warmup, closedLimit
+	closed.Count, closed.Warmup, closed.Limit = connects, b.plan.Warmup, closedLimit
 	closed.Quiet, closed.Reference = quietSlack, b.reference()
 	fast, err := s.load.client.Do(ctx, closed)
 	if err != nil {
@@ -183,11 +187,11 @@ func (b *bench) measureTarget(ctx context.Context, s *site, record results.Recor
 	b.references[1] = fast.Reference
 	m := measured{latencies: fast.Latencies, disturbed: fast.Disturbed}
 	enough := min(minQuiet, b.plan.Connects)
-	if made := len(fast.Latencies) + len(fast.Disturbed); len(fast.Latencies) < enough && made >= enough {
-		m.doubt = fmt.Sprintf("the CPU was at its full speed during %d of %d connects only", len(fast.Latencies), made)
-		record.Warnings = append(record.Warnings, "no latency: "+m.doubt)
-	} else if made < enough {
-		m.doubt = fmt.Sprintf("%d connects succeeded in %s", made, closedLimit)
+	if n := len(fast.Latencies); n < enough {
+		m.doubt = fmt.Sprintf("in %s the CPU was at its full speed for %d connects only", closed.Limit, n)
+		if failed := fast.Failed(); failed > 0 {
+			m.doubt += fmt.Sprintf(", and %d failed", failed)
+		}
 		record.Warnings = append(record.Warnings, "no latency: "+m.doubt)
 	} else {
 		record.Values = latencyValues(fast)

@@ -65,7 +65,8 @@ type Request struct {
 	Burst int `json:"burst,omitempty"`
 	// Quiet, when above zero, counts only what was connected while the CPU ran at its full speed: while a reference, a short
 	// run of getppid(2), took no longer than 1+Quiet times the fastest that was ever seen. The rest is kept apart in
-	// Reply.Disturbed, and the request goes on, up to QuietPatience times Count, until Count are quiet. Connect in a closed
+	// Reply.Disturbed. The request waits for such moments and goes on, up to Limit and to QuietPatience times Count, until Count are
+	// quiet. Connect in a closed
 	// loop only.
 	Quiet float64 `json:"quiet,omitempty"`
 	// Reference is the fastest reading of the reference that the caller knows of; zero knows none.

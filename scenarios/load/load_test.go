@@ -185,6 +185,35 @@ func TestLimitBoundsARequest(t *testing.T) {
 	}
 }
 
+func TestQuietCountsWhatTheReferenceAllows(t *testing.T) {
+	p := mustPods(t)
+	addresses := ports(serverIP, 8080)
+	server, _, _ := mustServer(t, p.server, ServeOptions{Connect: addresses, Somaxconn: 1 << 16})
+	client, _ := mustClient(t, p.client)
+
+	// No CPU is as fast as that: the request waits for its limit, and no connect is made meanwhile.
+	reply := mustDo(t, client, Request{Addresses: addresses, Count: 100, Quiet: 0.05, Reference: 1, Limit: 50 * time.Millisecond})
+	if made := len(reply.Latencies) + len(reply.Disturbed); made != 0 || reply.Failed() != 0 || reply.Elapsed < 50*time.Millisecond {
+		t.Errorf("%d connects, errors %v in %s on a CPU that is never quiet; want none, and the whole limit", made, reply.Errors, reply.Elapsed)
+	}
+	// And none is slower than this: every connect counts.
+	reply = mustDo(t, client, Request{Addresses: addresses, Count: 100, Quiet: 1e9, Limit: 10 * time.Second})
+	if len(reply.Latencies) < 100 || len(reply.Disturbed) != 0 {
+		t.Errorf("%d connects count and %d do not on a CPU that is always quiet; want 100 or a slice more, and none", len(reply.Latencies), len(reply.Disturbed))
+	}
+	made := int64(len(reply.Latencies))
+
+	// What is made is kept, whether it counts or not.
+	reply = mustDo(t, client, Request{Addresses: addresses, Count: 200, Quiet: 0.05, Limit: 10 * time.Second})
+	made += int64(len(reply.Latencies) + len(reply.Disturbed))
+	if reply.Reference <= 0 || reply.Failed() != 0 {
+		t.Errorf("reference %s, errors %v", reply.Reference, reply.Errors)
+	}
+	if report := mustDrain(t, server, made); report.Accepted != made {
+		t.Errorf("server accepted %d connections, the client tells of %d", report.Accepted, made)
+	}
+}
+
 func TestServersNameThemselves(t *testing.T) {
 	p := mustPods(t)
 	any := netip.MustParseAddrPort("0.0.0.0:0")

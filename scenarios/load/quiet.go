@@ -4,6 +4,7 @@ package load
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -13,17 +14,19 @@ import (
 // a time. On the machine where this was found, the same connect took 17, 19.5, 21.5 or 24.5 µs, whichever way client and server
 // were pinned, and getppid(2) took 174 or 230 ns in step with it, while plain arithmetic stayed within 3 %: another hardware
 // thread was at work in the same core. Nothing of that belongs to a dataplane. So the client asks how fast the CPU is right now,
-// by a system call that no mode touches, before and after every slice of connects, and counts the slices in which it was as fast
-// as it gets. The choice is made by the reference alone, never by how long a connect took.
+// by a system call that no mode touches, before and after every slice of connects, waits while it is slow, and counts the slices in
+// which it was as fast as it gets. The choice is made by the reference alone, never by how long a connect took.
 const (
 	// referenceCalls are one reading: 6 µs.
 	referenceCalls = 32
 	// slice is how long connects go on between two readings; a connect that takes longer has a slice of its own.
 	slice = 300 * time.Microsecond
+	// hopAfter is how many slow readings send the client to another CPU: as many as take longer than getting there.
+	hopAfter = 50
 )
 
 // QuietPatience is how many times Count is connected at most for Count that are quiet.
-const QuietPatience = 12
+const QuietPatience = 6
 
 // operations is how many connects a request makes at most.
 func (r Request) operations() int {
@@ -55,11 +58,29 @@ func (c *connects) quietLoop(ctx context.Context) error {
 		return took
 	}
 	before := read()
-	made, counted := 0, 0
-	// What a slice adds to Latencies is moved to Disturbed when it was not quiet.
+	quiet := func(took time.Duration) bool { return took <= time.Duration((1+c.request.Quiet)*float64(fastest)) }
+	cpus, err := newCPUs()
+	if err != nil {
+		return err
+	}
+	made, counted, slow, waited := 0, 0, 0, false
 	for made < len(c.order) && counted < c.request.Count && !c.over(ctx, time.Since(c.base)) {
+		if !quiet(before) {
+			// Half of all quiet moments are part of a spell of a millisecond or more, and disturbed spells last for up to seconds:
+			// connects in them would only fill the connection tracking. Each CPU has neighbours of its own.
+			if slow++; slow%hopAfter == 0 {
+				if err := cpus.hop(); err != nil {
+					return err
+				}
+			}
+			before, waited = read(), true
+			continue
+		}
+		slow = 0
+		// What a slice adds to Latencies is moved to Disturbed when it was not quiet. So is the one connect after a wait, which
+		// brings back into the caches what the wait has lost.
 		began := time.Since(c.base)
-		for made < len(c.order) && time.Since(c.base)-began < slice {
+		for first := true; first || !waited && made < len(c.order) && time.Since(c.base)-began < slice; first = false {
 			socket, err := c.socket(c.order[made])
 			if err != nil {
 				return err
@@ -74,16 +95,46 @@ func (c *connects) quietLoop(ctx context.Context) error {
 			c.reply.Latencies = append(c.reply.Latencies, int64(returned-called))
 		}
 		after := read()
-		limit := time.Duration((1 + c.request.Quiet) * float64(fastest))
-		if before > limit || after > limit {
+		if waited || !quiet(after) {
 			c.reply.Disturbed = append(c.reply.Disturbed, c.reply.Latencies[counted:]...)
 			c.reply.Latencies = c.reply.Latencies[:counted]
 		}
 		counted = len(c.reply.Latencies)
-		before = after
+		before, waited = after, false
 	}
 	c.reply.Reference = fastest
 	c.reply.Began, c.reply.Elapsed = c.base, time.Since(c.base)
 	c.reply.CPU = processCPU() - cpu
 	return ctx.Err()
+}
+
+// cpus are the CPUs that the calling thread may run on.
+type cpus struct {
+	allowed []int
+	next    int
+}
+
+func newCPUs() (*cpus, error) {
+	var set unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &set); err != nil {
+		return nil, fmt.Errorf("read CPU affinity: %w", err)
+	}
+	c := &cpus{}
+	for i := 0; len(c.allowed) < set.Count(); i++ {
+		if set.IsSet(i) {
+			c.allowed = append(c.allowed, i)
+		}
+	}
+	return c, nil
+}
+
+// hop moves the calling thread, which ends with its request, to the next CPU.
+func (c *cpus) hop() error {
+	c.next = (c.next + 1) % len(c.allowed)
+	var set unix.CPUSet
+	set.Set(c.allowed[c.next])
+	if err := unix.SchedSetaffinity(0, &set); err != nil {
+		return fmt.Errorf("set CPU affinity: %w", err)
+	}
+	return nil
 }
