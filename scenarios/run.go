@@ -107,8 +107,10 @@ type bench struct {
 	// references are the fastest readings of the clients' reference in the round before and in this one: a CPU whose speed
 	// changes for good is at its full speed again a round later.
 	references [2]time.Duration
-	done       int // visits
-	total      int // visits, when no site falls out
+	// patience is how long the next target may wait for a CPU at its full speed: what the ones before have left.
+	patience time.Duration
+	done     int // visits
+	total    int // visits, when no site falls out
 }
 
 // Run carries a plan out and leaves records.txt, environment.json and the raw samples in plan.Out; env gives what the caller

@@ -69,6 +69,8 @@ type Request struct {
 	// quiet. Connect in a closed
 	// loop only.
 	Quiet float64 `json:"quiet,omitempty"`
+	// Patience bounds the time that a request with Quiet waits in all, upon which it ends; zero sets no bound but Limit.
+	Patience time.Duration `json:"patience,omitempty"`
 	// Reference is the fastest reading of the reference that the caller knows of; zero knows none.
 	Reference time.Duration `json:"reference,omitempty"`
 	// Timeout bounds one operation; zero means DefaultTimeout, for Wait DefaultWaitTimeout.
@@ -99,7 +101,7 @@ func (r *Request) validate() error {
 	if r.Count < 0 || r.Warmup < 0 || r.Timeout < 0 || r.Pause < 0 || r.Limit < 0 || !(r.Rate >= 0) || r.Rate > 1e9 {
 		return errors.New("request: count, warmup, rate (at most 1e9), timeout, pause and limit must not be negative")
 	}
-	if r.Burst < 0 || !(r.Quiet >= 0) || r.Reference < 0 || r.Burst > 1 && r.Rate == 0 || r.Quiet > 0 && (r.Rate > 0 || r.Kind != Connect) {
+	if r.Burst < 0 || !(r.Quiet >= 0) || r.Reference < 0 || r.Patience < 0 || r.Burst > 1 && r.Rate == 0 || r.Quiet > 0 && (r.Rate > 0 || r.Kind != Connect) {
 		return errors.New("request: burst goes with a rate, quiet with a closed loop of connects, and none is negative")
 	}
 	switch r.Kind {
@@ -133,8 +135,10 @@ type Reply struct {
 	Latencies []int64 `json:"latencies,omitempty"`
 	// Disturbed holds the latencies that Request.Quiet did not count.
 	Disturbed []int64 `json:"disturbed,omitempty"`
-	// Reference is the fastest reading of the reference so far; zero unless Request.Quiet was set.
+	// Reference is the fastest reading of the reference in this request; zero unless Request.Quiet was set.
 	Reference time.Duration `json:"reference,omitempty"`
+	// Waited is how long the client waited for quiet moments; zero unless Request.Quiet was set.
+	Waited time.Duration `json:"waited,omitempty"`
 	// Errors counts failed operations by errno name ("ECONNREFUSED") or "timeout".
 	Errors map[string]int64 `json:"errors,omitempty"`
 	// Answered counts successes by the server's name. Identify and Datagram only.

@@ -196,6 +196,10 @@ func TestQuietCountsWhatTheReferenceAllows(t *testing.T) {
 	if made := len(reply.Latencies) + len(reply.Disturbed); made != 0 || reply.Failed() != 0 || reply.Elapsed < 50*time.Millisecond {
 		t.Errorf("%d connects, errors %v in %s on a CPU that is never quiet; want none, and the whole limit", made, reply.Errors, reply.Elapsed)
 	}
+	reply = mustDo(t, client, Request{Addresses: addresses, Count: 100, Quiet: 0.05, Reference: 1, Patience: 20 * time.Millisecond, Limit: 10 * time.Second})
+	if reply.Waited < 20*time.Millisecond || reply.Elapsed > 5*time.Second || reply.Reference <= 1 {
+		t.Errorf("waited %s of %s with a patience of 20 ms; the fastest reading is %s", reply.Waited, reply.Elapsed, reply.Reference)
+	}
 	// And none is slower than this: every connect counts.
 	reply = mustDo(t, client, Request{Addresses: addresses, Count: 100, Quiet: 1e9, Limit: 10 * time.Second})
 	if len(reply.Latencies) < 100 || len(reply.Disturbed) != 0 {

@@ -55,6 +55,9 @@ func (c *connects) quietLoop(ctx context.Context) error {
 		if fastest == 0 || took < fastest {
 			fastest = took
 		}
+		if own := &c.reply.Reference; *own == 0 || took < *own {
+			*own = took
+		}
 		return took
 	}
 	before := read()
@@ -63,20 +66,30 @@ func (c *connects) quietLoop(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	made, counted, slow, waited := 0, 0, 0, false
+	made, counted := 0, 0
 	for made < len(c.order) && counted < c.request.Count && !c.over(ctx, time.Since(c.base)) {
-		if !quiet(before) {
-			// Half of all quiet moments are part of a spell of a millisecond or more, and disturbed spells last for up to seconds:
-			// connects in them would only fill the connection tracking. Each CPU has neighbours of its own.
-			if slow++; slow%hopAfter == 0 {
+		// Half of all quiet moments are part of a spell of a millisecond or more, and disturbed spells last for up to seconds:
+		// connects in them would only fill the connection tracking. Each CPU has neighbours of its own.
+		waiting := time.Since(c.base)
+		waited := !quiet(before)
+		for slow := 1; !quiet(before); slow++ {
+			now := time.Since(c.base)
+			if c.over(ctx, now) || c.request.Patience > 0 && c.reply.Waited+now-waiting >= c.request.Patience {
+				break
+			}
+			if slow%hopAfter == 0 {
 				if err := cpus.hop(); err != nil {
 					return err
 				}
 			}
-			before, waited = read(), true
-			continue
+			before = read()
 		}
-		slow = 0
+		if waited {
+			c.reply.Waited += time.Since(c.base) - waiting
+		}
+		if !quiet(before) {
+			break
+		}
 		// What a slice adds to Latencies is moved to Disturbed when it was not quiet. So is the one connect after a wait, which
 		// brings back into the caches what the wait has lost.
 		began := time.Since(c.base)
@@ -100,9 +113,8 @@ func (c *connects) quietLoop(ctx context.Context) error {
 			c.reply.Latencies = c.reply.Latencies[:counted]
 		}
 		counted = len(c.reply.Latencies)
-		before, waited = after, false
+		before = after
 	}
-	c.reply.Reference = fastest
 	c.reply.Began, c.reply.Elapsed = c.base, time.Since(c.base)
 	c.reply.CPU = processCPU() - cpu
 	return ctx.Err()
