@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -162,31 +163,34 @@ func TestRunMeasuresEveryModeAndReports(t *testing.T) {
 	}
 }
 
-// watchedWriter calls f when a line holds the text for the first time.
+// watchedWriter calls f when what was written first matches.
 type watchedWriter struct {
 	bytes.Buffer
-	text string
-	f    func()
+	match *regexp.Regexp
+	f     func()
 }
 
 func (w *watchedWriter) Write(p []byte) (int, error) {
 	n, err := w.Buffer.Write(p)
-	if w.f != nil && strings.Contains(w.String(), w.text) {
+	if w.f != nil && w.match.Match(w.Bytes()) {
 		w.f()
 		w.f = nil
 	}
 	return n, err
 }
 
+// laterRound is any round but the first: a pipe is told of one in ten seconds.
+const laterRound = "round ([2-9]|[1-9][0-9]) of"
+
 // An interrupt leaves what was measured, with a report, and nothing on the host, at whatever moment it comes.
 func TestInterruptLeavesResultsAndNothingElse(t *testing.T) {
 	bin := needsLab(t)
-	for _, moment := range []string{"starting etcd", "starting the proxies", "writing Services", "round 2"} {
+	for _, moment := range []string{"starting etcd", "starting the proxies", "writing Services", laterRound} {
 		t.Run(moment, func(t *testing.T) {
 			before := leftovers(t, nil)
 			dir := filepath.Join(t.TempDir(), "out")
 			ctx, cancel := context.WithCancelCause(t.Context())
-			stderr := &watchedWriter{text: moment, f: func() { cancel(errInterrupted) }}
+			stderr := &watchedWriter{match: regexp.MustCompile(moment), f: func() { cancel(errInterrupted) }}
 			err := run(ctx, &bytes.Buffer{}, stderr, []string{"run", "--bin", bin, "--out", dir, "--modes", "direct,ebpf", "--services", "5",
 				"--rounds", "50"})
 			if !errors.Is(err, errInterrupted) && !errors.Is(err, context.Canceled) {
@@ -195,7 +199,7 @@ func TestInterruptLeavesResultsAndNothingElse(t *testing.T) {
 			if left := leftovers(t, before); len(left) > 0 {
 				t.Errorf("left on the host: %v", left)
 			}
-			if moment == "round 2" {
+			if moment == laterRound {
 				if _, err := os.Stat(filepath.Join(dir, "report.md")); err != nil {
 					t.Errorf("no report of what was measured: %v", err)
 				}
