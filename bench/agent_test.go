@@ -243,18 +243,12 @@ func mustAPI(t *testing.T, bin string, ns *clusters.NetNS) (kubernetes.Interface
 			t.Error(err)
 		}
 	})
-	serve(t, ns, apiServer, func(near net.Conn) {
-		far, err := control.DialContext(t.Context())
-		if err != nil {
-			return
-		}
-		defer far.Close()
-		go func() {
-			io.Copy(far, near)
-			far.Close()
-		}()
-		io.Copy(near, far)
-	})
+	l, err := ns.Listen(t.Context(), apiServer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go control.Forward(l)
 	kubeconfig := filepath.Join(dir, "kubeconfig")
 	if err := control.Kubeconfig(kubeconfig, "https://"+apiServer); err != nil {
 		t.Fatal(err)

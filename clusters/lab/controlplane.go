@@ -12,6 +12,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"math/big"
 	"net"
 	"os"
@@ -267,6 +268,30 @@ func (c *ControlPlane) writeKeys(dir string) error {
 // DialContext opens a connection to the API server from inside its namespace.
 func (c *ControlPlane) DialContext(ctx context.Context) (net.Conn, error) {
 	return c.ns.DialContext(ctx, "tcp", controlAPIServer)
+}
+
+// Forward carries the connections that l accepts to the API server, whose namespace has no link, until l is closed.
+func (c *ControlPlane) Forward(l net.Listener) {
+	for {
+		near, err := l.Accept()
+		if err != nil {
+			return
+		}
+		go func() {
+			defer near.Close()
+			far, err := c.DialContext(context.Background())
+			if err != nil {
+				// The client sees a closed connection and tries again, as with any API server that is away.
+				return
+			}
+			defer far.Close()
+			go func() {
+				io.Copy(far, near)
+				far.Close()
+			}()
+			io.Copy(near, far)
+		}()
+	}
 }
 
 // RESTConfig reaches the API server from this process as an administrator, in protobuf and without a limit of rate.

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -85,7 +84,7 @@ func TestControlPlane(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	go forwardOne(t.Context(), l, c)
+	go c.Forward(l)
 	path := filepath.Join(o.Dir, "kubeconfig")
 	if err := c.Kubeconfig(path, "https://"+l.Addr().String()); err != nil {
 		t.Fatal(err)
@@ -112,22 +111,6 @@ func TestControlPlane(t *testing.T) {
 	if err := c.Err(); err != nil {
 		t.Errorf("Err of a healthy control plane: %v", err)
 	}
-}
-
-// forwardOne carries the first connection to l to the API server.
-func forwardOne(ctx context.Context, l net.Listener, c *ControlPlane) {
-	near, err := l.Accept()
-	if err != nil {
-		return
-	}
-	defer near.Close()
-	far, err := c.DialContext(ctx)
-	if err != nil {
-		return
-	}
-	defer far.Close()
-	go io.Copy(far, near)
-	io.Copy(near, far)
 }
 
 func TestControlPlaneFailure(t *testing.T) {

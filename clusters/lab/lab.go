@@ -104,7 +104,7 @@ func (l *lab) create(ctx context.Context, plan clusters.Plan, progress func(stri
 			return err
 		}
 		l.nodes = append(l.nodes, n)
-		if err := n.forward(l.control.DialContext); err != nil {
+		if err := n.forward(l.control); err != nil {
 			return err
 		}
 	}

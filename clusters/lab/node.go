@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -216,35 +215,14 @@ func (n *node) close(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// forward carries connections to apiServerLocal inside the node to the API server, whose namespace has no link. The
-// listening socket is opened in the node's namespace, so nothing of it is on the host.
-func (n *node) forward(dial func(context.Context) (net.Conn, error)) error {
+// forward gives the node a way to the API server. The listening socket is opened in the node's namespace, so nothing of it is
+// on the host.
+func (n *node) forward(control *ControlPlane) error {
 	l, err := n.ns.Listen(context.Background(), apiServerLocal)
 	if err != nil {
 		return fmt.Errorf("node %s: listen for the API server: %w", n.spec.Name, err)
 	}
 	n.forwarder = l
-	go func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer conn.Close()
-				up, err := dial(context.Background())
-				if err != nil {
-					// The client sees a closed connection and tries again, as with any API server that is away.
-					return
-				}
-				defer up.Close()
-				go func() {
-					io.Copy(up, conn)
-					up.Close()
-				}()
-				io.Copy(conn, up)
-			}()
-		}
-	}()
+	go control.Forward(l)
 	return nil
 }
