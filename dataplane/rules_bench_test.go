@@ -37,6 +37,7 @@ const (
 	connectsARound    = 150
 	enoughConnects    = 50
 	forgetAfter       = 6 // attempts
+	attemptLimit      = time.Second
 	rulesPort         = 8080
 	rulesProgram      = "PLIMSOLL_RULES_PROGRAM" // by which this binary, run again as a child, learns what it is
 	soGetInfo         = 64                       // IPT_SO_GET_INFO, include/uapi/linux/netfilter_ipv4/ip_tables.h
@@ -262,6 +263,7 @@ func measureChains(b *testing.B, chains []*rulesChain) {
 			for attempt := 0; ; attempt++ {
 				reply, err := c.client.Do(b.Context(), load.Request{
 					Addresses: []netip.AddrPort{c.target}, Count: connectsARound, Warmup: connectsARound / 10, Quiet: 0.1, Reference: reference,
+					Limit: attemptLimit,
 				})
 				if err != nil {
 					b.Fatal(err)
@@ -269,7 +271,9 @@ func measureChains(b *testing.B, chains []*rulesChain) {
 				if reply.Failed() > 0 {
 					b.Fatalf("%s, %d rules: connects failed: %v", c.shape.name, c.rules, reply.Errors)
 				}
-				reference = reply.Reference
+				if reference == 0 || reply.Reference < reference {
+					reference = reply.Reference
+				}
 				c.connects += len(reply.Latencies) + len(reply.Disturbed)
 				if len(reply.Latencies) >= enoughConnects {
 					c.p50 = append(c.p50, float64(load.Summarize(reply.Latencies).P50))

@@ -67,7 +67,7 @@ type Request struct {
 	// run of getppid(2), took no longer than 1+Quiet times the fastest that was ever seen. The rest is kept apart in
 	// Reply.Disturbed. The request waits for such moments and goes on, up to Limit and to QuietPatience times Count, until Count are
 	// quiet. Connect in a closed
-	// loop only.
+	// loop only, and with a Limit: a machine may never be quiet.
 	Quiet float64 `json:"quiet,omitempty"`
 	// Patience bounds the time that a request with Quiet waits in all, upon which it ends; zero sets no bound but Limit.
 	Patience time.Duration `json:"patience,omitempty"`
@@ -78,7 +78,7 @@ type Request struct {
 	// Pause is how long Wait rests between two attempts; zero means DefaultWaitPause.
 	Pause time.Duration `json:"pause,omitempty"`
 	// Limit bounds the whole request, so that a black hole cannot hold up a run: operations that it cuts off are
-	// counted in Reply.Unsent. Zero sets no bound, which Wait refuses.
+	// counted in Reply.Unsent. Zero sets no bound, which Wait and Quiet refuse.
 	Limit time.Duration `json:"limit,omitempty"`
 }
 
@@ -103,6 +103,9 @@ func (r *Request) validate() error {
 	}
 	if r.Burst < 0 || !(r.Quiet >= 0) || r.Reference < 0 || r.Patience < 0 || r.Burst > 1 && r.Rate == 0 || r.Quiet > 0 && (r.Rate > 0 || r.Kind != Connect) {
 		return errors.New("request: burst goes with a rate, quiet with a closed loop of connects, and none is negative")
+	}
+	if r.Quiet > 0 && r.Limit == 0 {
+		return errors.New("request: quiet needs a limit")
 	}
 	switch r.Kind {
 	case Connect:

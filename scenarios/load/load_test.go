@@ -373,6 +373,7 @@ func TestWrongRequestsAreRefused(t *testing.T) {
 		"negative count":      {Addresses: address, Count: -1},
 		"unknown kind":        {Kind: "dance", Addresses: address},
 		"wait without limit":  {Kind: Wait, Addresses: address},
+		"quiet without limit": {Addresses: address, Count: 1, Quiet: 0.05},
 		"rate for a datagram": {Kind: Datagram, Addresses: address, Count: 1, Rate: 1},
 	} {
 		if _, err := client.Do(t.Context(), request); err == nil {
