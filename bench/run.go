@@ -25,20 +25,21 @@ import (
 	"github.com/plimsoll-bench/plimsoll/scenarios"
 )
 
-// profile is a plan's ladder, rounds and patience under one name.
+// profile is a plan's ladder, rounds and limits under one name.
 type profile struct {
 	name, doc string
 	services  []int
 	rounds    int
 	again     int // rounds of the smallest rung at the end
 	paced     int // connects per visit and target while CPU is measured
+	patience  time.Duration
 	limit     time.Duration
 }
 
 var profiles = []profile{
-	{"quick", "a first picture", []int{100, 1000, 5000}, 6, 6, 100, 5 * time.Minute},
-	{"default", "enough rungs for every verdict", []int{100, 1000, 2000, 5000, 10000, 20000}, 10, 6, 200, 5 * time.Minute},
-	{"full", "up to 50,000 Services", []int{100, 1000, 2000, 5000, 10000, 20000, 50000}, 10, 6, 200, 25 * time.Minute},
+	{"quick", "a first picture", []int{100, 1000, 5000}, 6, 6, 100, 120 * time.Millisecond, 5 * time.Minute},
+	{"default", "enough rungs for every verdict", []int{100, 1000, 2000, 5000, 10000, 20000}, 10, 6, 200, 250 * time.Millisecond, 5 * time.Minute},
+	{"full", "up to 50,000 Services", []int{100, 1000, 2000, 5000, 10000, 20000, 50000}, 10, 6, 200, 250 * time.Millisecond, 25 * time.Minute},
 }
 
 // minRounds is the fewest rounds that a median and its interval stand on.
@@ -67,7 +68,7 @@ func newRunCommand() *cobra.Command {
 	}
 	f := cmd.Flags()
 	f.StringVar(&o.provider, "provider", "lab", "where nodes come from (plimsoll list)")
-	f.StringVar(&o.profile, "profile", "default", "quick, default or full: ladder, rounds and limit that other flags change")
+	f.StringVar(&o.profile, "profile", "default", "quick, default or full: ladder, rounds and limits that other flags change")
 	f.StringSliceVar(&o.plan.Modes, "modes", []string{"direct", "direct-conntrack", "iptables", "iptables-legacy", "ipvs", "nftables", "ebpf"}, "modes to compare (plimsoll list)")
 	f.IntSliceVar(&o.plan.Services, "services", nil, "numbers of Services, ascending")
 	f.IntVar(&o.plan.Endpoints, "endpoints", 2, "endpoints of each Service")
@@ -79,6 +80,7 @@ func newRunCommand() *cobra.Command {
 	f.StringVar(&o.plan.Bin, "bin", "", "folder with kube-apiserver, kube-proxy and etcd (default the one that this program lies in)")
 	f.StringVar(&o.plan.Twin, "twin", "direct", "mode that gets a second node; the noise floor comes from the difference; empty for none")
 	f.IntVar(&o.plan.Connects, "connects", 500, "connects timed per visit and target")
+	f.DurationVar(&o.plan.Patience, "patience", 0, "how long a visit may wait per target for moments in which the CPU is at its full speed")
 	f.Float64Var(&o.plan.Rate, "rate", 1000, "connects a second while CPU is measured, the same for all modes")
 	f.IntVar(&o.plan.PacedConnects, "paced-connects", 0, "connects per visit and target while CPU is measured")
 	return cmd
@@ -102,6 +104,9 @@ func (o *runOptions) complete(cmd *cobra.Command, args []string) error {
 	}
 	if plan.PacedConnects == 0 {
 		plan.PacedConnects = p.paced
+	}
+	if plan.Patience == 0 {
+		plan.Patience = p.patience
 	}
 	plan.Again = min(p.again, plan.Rounds)
 	plan.Warmup = plan.Connects / 10
@@ -138,6 +143,8 @@ func (o *runOptions) complete(cmd *cobra.Command, args []string) error {
 		return fmt.Errorf("--endpoints %d: at least 1 is needed to connect to", plan.Endpoints)
 	case plan.Connects < 10 || plan.PacedConnects < 10 || plan.Rate <= 0:
 		return errors.New("--connects and --paced-connects want at least 10, --rate more than 0")
+	case plan.Patience < 0 || plan.ProgrammingLimit < 0:
+		return errors.New("--patience and --programming-limit want times above 0, such as 250ms or 5m")
 	case !slices.IsSorted(plan.Services) || len(slices.Compact(slices.Clone(plan.Services))) != len(plan.Services) || plan.Services[0] < 1:
 		return fmt.Errorf("--services %v: want ascending numbers from 1 on", plan.Services)
 	case plan.Services[len(plan.Services)-1] > 65000:
@@ -180,7 +187,7 @@ func (o *runOptions) run(ctx context.Context, stdout, stderr io.Writer) (err err
 	env.Settings = map[string]string{
 		"proxy":    "like for like: minSyncPeriod 10 ms everywhere",
 		"connects": strconv.Itoa(o.plan.Connects), "paced-connects": strconv.Itoa(o.plan.PacedConnects),
-		"rate": fmt.Sprintf("%g connects/s", o.plan.Rate), "programming-limit": o.plan.ProgrammingLimit.String(),
+		"patience": o.plan.Patience.String(), "rate": fmt.Sprintf("%g connects/s", o.plan.Rate), "programming-limit": o.plan.ProgrammingLimit.String(),
 	}
 	if o.plan.Settings.ProxyDefaults {
 		env.Settings["proxy"] = "each proxy's own defaults"

@@ -266,6 +266,7 @@ func TestWrongFlagsSayWhatToDo(t *testing.T) {
 		{[]string{"run", "--services", "0,100"}, "ascending"},
 		{[]string{"run", "--services", "70000"}, "65000"},
 		{[]string{"run", "--endpoints", "0"}, "at least 1"},
+		{[]string{"run", "--patience", "-1s"}, "above 0"},
 		{[]string{"run", "--modes", "iptable"}, "iptables-legacy"},
 		{[]string{"run", "--modes", "ebpf,ebpf"}, "twice"},
 		{[]string{"run", "--twin", "ipvs", "--modes", "ebpf"}, "not among"},

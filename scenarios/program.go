@@ -26,7 +26,7 @@ const pollPause = 20 * time.Millisecond
 
 // againLimit bounds the way back to the smallest rung: that rung is visited again to see whether the machine has drifted, which
 // is not worth half an hour's wait for a proxy that takes its rules down one by one.
-const againLimit = 5 * time.Minute
+const againLimit = 3 * time.Minute
 
 // stillEvery is how often a person is told for which site a rung still waits.
 const stillEvery = 15 * time.Second

@@ -35,6 +35,9 @@ type Plan struct {
 	Seed  uint64
 	// Connects is how many connects a visit times for each target in a closed loop, after Warmup unrecorded ones.
 	Connects, Warmup int
+	// Patience is how long a visit may wait for quiet moments for each of its targets. What one does not need the later ones
+	// have: a busy hour makes a run longer by so much and no more.
+	Patience time.Duration
 	// Rate is the pace, in connects a second, at which CPU is measured, the same for all modes; PacedConnects how many.
 	Rate          float64
 	PacedConnects int

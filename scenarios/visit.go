@@ -31,9 +31,8 @@ const (
 	// closedLimit bounds the closed loop of one target, on slow modes and disturbed machines. It is longer than a connect that
 	// times out in it, which is counted, and than most disturbed spells.
 	closedLimit = 3 * time.Second
-	// waitShare is how long a visit may wait for quiet moments for each of its targets. What one does not need the later ones
-	// have, up to closedLimit each: a busy hour makes a run longer by so much and no more.
-	waitShare = 150 * time.Millisecond
+	// minPatience is what a request waits at least: in it a moment that is quiet already is recognised.
+	minPatience = time.Millisecond
 	// burst is how many of the paced connects are due together.
 	burst = 10
 	// connectTimeout is when a connect counts as timed out.
@@ -45,6 +44,7 @@ type work struct {
 	scenario Scenario
 	target   string
 	seed     uint64 // of the Services and of the order in which they are connected to
+	repeated bool   // it was done before in this round, and has had its share of waiting
 }
 
 // connects is how many connects the closed loop times, where n is the plan's number.
@@ -57,7 +57,7 @@ func (b *bench) work(r *rung, round int) []work {
 	var all []work
 	for _, sc := range b.scenarios {
 		for _, target := range sc.Targets() {
-			all = append(all, work{sc, target, rng.Uint64()})
+			all = append(all, work{scenario: sc, target: target, seed: rng.Uint64()})
 		}
 	}
 	rng.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
@@ -78,7 +78,9 @@ func (b *bench) visit(ctx context.Context, r *rung, s *site, round int, todo []w
 		return nil, err
 	}
 	for _, m := range all {
-		if mayRepeat && (m.doubt != "" || len(doubts) > 0) {
+		// Waiting again takes as much as has been saved elsewhere, or a busy hour would make a run longer without a bound.
+		if mayRepeat && (len(doubts) > 0 || m.doubt != "" && b.patience >= b.plan.Patience) {
+			m.work.repeated = true
 			left = append(left, m.work)
 			if m.doubt != "" {
 				doubts = append(slices.Clip(doubts), m.work.target+": "+m.doubt)
@@ -119,6 +121,9 @@ func (b *bench) measure(ctx context.Context, r *rung, s *site, round int, todo [
 	}
 	for _, w := range todo {
 		services := w.scenario.Services(r, s, w.target, rand.New(rand.NewPCG(w.seed, 0)), load.QuietPatience*w.connects(b.plan.Connects))
+		if !w.repeated {
+			b.patience += b.plan.Patience
+		}
 		m, err := b.measureTarget(ctx, s, w.connects(b.plan.Connects), b.record(r, w.scenario.Name(), s.name, w.target, round), load.Request{
 			Addresses: addresses(b.fleet, services, w.scenario.ThroughService() && s.mode.Floor() != ""),
 			Seed:      w.seed, Timeout: connectTimeout,
@@ -182,8 +187,7 @@ func (s *site) meters() meters.Site {
 func (b *bench) measureTarget(ctx context.Context, s *site, connects int, record results.Record, request load.Request) (measured, error) {
 	closed := request
 	closed.Count, closed.Warmup, closed.Limit = connects, b.plan.Warmup, closedLimit
-	b.patience += waitShare
-	closed.Quiet, closed.Reference, closed.Patience = quietSlack, b.reference(), max(b.patience, time.Millisecond)
+	closed.Quiet, closed.Reference, closed.Patience = quietSlack, b.reference(), max(b.patience, minPatience)
 	fast, err := s.load.client.Do(ctx, closed)
 	if err != nil {
 		return measured{}, err
