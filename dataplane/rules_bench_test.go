@@ -36,7 +36,7 @@ const (
 	lowRank, highRank = 6, 15
 	connectsARound    = 150
 	enoughConnects    = 50
-	forgetAfter       = 6 // attempts
+	attempts          = 6
 	attemptLimit      = time.Second
 	rulesPort         = 8080
 	rulesProgram      = "PLIMSOLL_RULES_PROGRAM" // by which this binary, run again as a child, learns what it is
@@ -255,14 +255,18 @@ func natTableSize() (int, error) {
 func measureChains(b *testing.B, chains []*rulesChain) {
 	b.Helper()
 	rng := rand.New(rand.NewPCG(1, uint64(len(chains))))
-	var reference time.Duration // the fastest reading; 0 is none
-	forgotten := 0
+	calibrated, err := chains[0].client.Do(b.Context(), load.Request{
+		Kind: load.Calibrate, Addresses: []netip.AddrPort{chains[0].target}, Count: connectsARound, Warmup: connectsARound, Limit: attemptLimit,
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
 	for range ruleRounds {
 		for _, i := range rng.Perm(len(chains)) {
 			c := chains[i]
-			for attempt := 0; ; attempt++ {
+			for attempt := 1; ; attempt++ {
 				reply, err := c.client.Do(b.Context(), load.Request{
-					Addresses: []netip.AddrPort{c.target}, Count: connectsARound, Warmup: connectsARound / 10, Quiet: 0.1, Reference: reference,
+					Addresses: []netip.AddrPort{c.target}, Count: connectsARound, Warmup: connectsARound / 10, Quiet: calibrated.Quiet,
 					Limit: attemptLimit,
 				})
 				if err != nil {
@@ -271,28 +275,17 @@ func measureChains(b *testing.B, chains []*rulesChain) {
 				if reply.Failed() > 0 {
 					b.Fatalf("%s, %d rules: connects failed: %v", c.shape.name, c.rules, reply.Errors)
 				}
-				if reference == 0 || reply.Reference < reference {
-					reference = reply.Reference
-				}
 				c.connects += len(reply.Latencies) + len(reply.Disturbed)
 				if len(reply.Latencies) >= enoughConnects {
 					c.p50 = append(c.p50, float64(load.Summarize(reply.Latencies).P50))
 					break
 				}
-				switch attempt {
-				case forgetAfter:
-					// The CPU was this fast once and is no longer.
-					reference = 0
-					forgotten++
-				case 2 * forgetAfter:
+				if attempt == attempts {
 					b.Fatalf("%s, %d rules: the CPU keeps no speed: %d of %d connects count", c.shape.name, c.rules,
 						len(reply.Latencies), len(reply.Latencies)+len(reply.Disturbed))
 				}
 			}
 		}
-	}
-	if forgotten > 0 {
-		b.Logf("the CPU became slower %d times: figures of different speeds are mixed", forgotten)
 	}
 	report, err := chains[0].server.Report(b.Context())
 	if err != nil {

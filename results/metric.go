@@ -40,6 +40,7 @@ var metrics = []metric{
 	{name: "proxy-programming-cpu", words: "CPU of the proxy", cost: true, tabled: true},
 	{name: "proxy-rss", words: "resident memory of the proxy", cost: true, tabled: true, pictured: everywhere},
 	{name: "quiet", words: "connects at the CPU's full speed"},
+	{name: "quiet-limit", words: "slowest reading of the reference at which connects count"},
 	{name: "other-cpu", words: "CPU used by all else"},
 }
 

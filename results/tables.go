@@ -64,8 +64,8 @@ func (a *analysis) groupSection(b *strings.Builder, group []key) {
 	first := group[0]
 	fmt.Fprintf(b, "## %s\n\n", upperFirst(figureWords(first.scenario, "", first.metric)))
 	if first.scenario == "programming" && first.metric == a.mainMetric(first) {
-		b.WriteString("From the first write of what a rung adds to the Services of the rung before, until the newest of them answers and the rules or maps count them all. " +
-			"The modes are programmed side by side and share the machine. Each rung is climbed once, so there is no interval and no verdict.\n\n")
+		b.WriteString("From the moment when a proxy may see what a rung adds to the Services of the rung before, until the newest of them answers and the rules or maps count them " +
+			"all. The modes are programmed one after the other. Each rung is climbed once, so there is no interval and no verdict.\n\n")
 	}
 	for _, f := range a.figures {
 		if f.key.group() == first.group() && f.file != a.headlinePicture(first.place()) {

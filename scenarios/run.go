@@ -18,6 +18,7 @@ import (
 	"github.com/plimsoll-bench/plimsoll/dataplane"
 	"github.com/plimsoll-bench/plimsoll/results"
 	"github.com/plimsoll-bench/plimsoll/scenarios/fleet"
+	"github.com/plimsoll-bench/plimsoll/scenarios/load"
 )
 
 // A Plan is what a run sets out to do. Flags of the command line bind onto its fields.
@@ -107,9 +108,8 @@ type bench struct {
 	fleet     *fleet.Fleet
 	numbers   map[netip.AddrPort]int // Service address → number in the fleet
 	rand      *rand.Rand
-	// references are the fastest readings of the clients' reference in the round before and in this one: a CPU whose speed
-	// changes for good is at its full speed again a round later.
-	references [2]time.Duration
+	// quiet is the slowest reading of the clients' reference at which connects count at this rung.
+	quiet time.Duration
 	// patience is how long the next target may wait for a CPU at its full speed: what the ones before have left.
 	patience time.Duration
 	done     int // visits
@@ -340,6 +340,9 @@ func (b *bench) visitRung(ctx context.Context, r *rung) error {
 	if err := b.freezeAll(ctx, true); err != nil {
 		return err
 	}
+	if err := b.calibrate(ctx); err != nil {
+		return err
+	}
 	for round := range r.rounds {
 		if err := b.goRound(ctx, r, round); err != nil {
 			return fmt.Errorf("%d Services, round %d: %w", r.services, round+1, err)
@@ -348,10 +351,39 @@ func (b *bench) visitRung(ctx context.Context, r *rung) error {
 	return nil
 }
 
+// calibrateFor is how long a rung's calibration connects: several of the spells of a second or two for which a CPU may be slow.
+const calibrateFor = 4 * time.Second
+
+// calibrate finds how fast the CPU must be for connects to count, for all sites alike, by connects that no mode takes part in: to
+// backends' own addresses on a floor's node, where the run has one.
+func (b *bench) calibrate(ctx context.Context) error {
+	var s *site
+	for _, candidate := range b.sites {
+		if candidate.lost == "" && (s == nil || s.mode.Floor() != "" && candidate.mode.Floor() == "") {
+			s = candidate
+		}
+	}
+	if s == nil {
+		return nil // nobody is left to be visited
+	}
+	if err := s.Freeze(ctx, false); err != nil {
+		return err
+	}
+	reply, err := s.load.client.Do(ctx, load.Request{
+		Kind: load.Calibrate, Addresses: addresses(b.fleet, []int{0}, false), Seed: b.plan.Seed, Count: 1000, Warmup: 1000, Timeout: connectTimeout,
+		Limit: calibrateFor,
+	})
+	if err != nil {
+		return fmt.Errorf("%s: %w", s.name, err)
+	}
+	b.quiet = reply.Quiet
+	b.report.Step(fmt.Sprintf("connects count while a reference takes at most %.2f µs", float64(b.quiet)/1e3))
+	return s.Freeze(ctx, true)
+}
+
 // goRound visits every site of the rung once, in random order. What was disturbed is done again at the end of the round, by
 // when it may have passed.
 func (b *bench) goRound(ctx context.Context, r *rung, round int) error {
-	b.references = [2]time.Duration{b.references[1]}
 	todo := b.work(r, round)
 	budget := repeatShare * float64(r.rounds*len(r.sites)*len(todo))
 	type turn struct {

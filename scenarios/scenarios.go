@@ -57,6 +57,7 @@ type Metric struct{ Name, Doc string }
 var Metrics = []Metric{
 	{"p50-ns", "service time: one raw blocking connect(2) from call to return, median of a visit (p90, p99, max, mean alike)"},
 	{"quiet-percent", "share of the connects that were made while the CPU ran at its full speed; only they count"},
+	{"quiet-limit-ns", "how long the reference, 32 × getppid(2), may take at this rung for a connect to count"},
 	{"other-cpu-percent", "share of the machine that everything but the visited site and this program used during a visit"},
 	{"cpu-ns/op", "CPU per connect at the stated rate: client, server, kernel threads and softirq together"},
 	{"machine-cpu-ns/op", "the same from outside: the machine's wall clock × CPUs − idle; a cross-check that holds all else too"},

@@ -23,9 +23,6 @@ const (
 	// repeatShare bounds the repeats at a rung, as a share of its work: on a machine that is never quiet they would triple the
 	// time and cure nothing.
 	repeatShare = 0.25
-	// quietSlack is how much slower than its fastest the CPU may be for a connect to count (load.Request.Quiet). Undisturbed
-	// readings lie within 3 % of the fastest, the next ones from 6 % on.
-	quietSlack = 0.05
 	// minQuiet is how many such connects a median can stand on; with fewer there is none.
 	minQuiet = 50
 	// closedLimit bounds the closed loop of one target, on slow modes and disturbed machines. It is longer than a connect that
@@ -187,13 +184,10 @@ func (s *site) meters() meters.Site {
 func (b *bench) measureTarget(ctx context.Context, s *site, connects int, record results.Record, request load.Request) (measured, error) {
 	closed := request
 	closed.Count, closed.Warmup, closed.Limit = connects, b.plan.Warmup, closedLimit
-	closed.Quiet, closed.Reference, closed.Patience = quietSlack, b.reference(), max(b.patience, minPatience)
+	closed.Quiet, closed.Patience = b.quiet, max(b.patience, minPatience)
 	fast, err := s.load.client.Do(ctx, closed)
 	if err != nil {
 		return measured{}, err
-	}
-	if known := &b.references[1]; *known == 0 || fast.Reference < *known {
-		*known = fast.Reference
 	}
 	b.patience -= fast.Waited
 	m := measured{latencies: fast.Latencies, disturbed: fast.Disturbed}
@@ -205,7 +199,7 @@ func (b *bench) measureTarget(ctx context.Context, s *site, connects int, record
 		}
 		record.Warnings = append(record.Warnings, "no latency: "+m.doubt)
 	} else {
-		record.Values = latencyValues(fast)
+		record.Values = append(latencyValues(fast), results.Value{Metric: "quiet-limit", Unit: "ns", Value: float64(b.quiet)})
 	}
 	request.Seed++ // other Services than the closed loop has just warmed
 	request.Count, request.Rate, request.Burst, request.Limit = b.plan.PacedConnects, b.plan.Rate, burst, time.Minute
@@ -262,12 +256,4 @@ func latencyValues(r load.Reply) []results.Value {
 		{Metric: "mean", Unit: "ns", Value: latency.Mean},
 		{Metric: "quiet", Unit: "percent", Value: 100 * float64(len(r.Latencies)) / float64(len(r.Latencies)+len(r.Disturbed))},
 	}
-}
-
-// reference is the fastest reading in this round and the one before; 0 when there is none.
-func (b *bench) reference() time.Duration {
-	if b.references[0] == 0 || b.references[1] != 0 && b.references[1] < b.references[0] {
-		return b.references[1]
-	}
-	return b.references[0]
 }

@@ -115,7 +115,7 @@ func (s *session) prepare(ctx context.Context, request Request) error {
 		return err
 	}
 	switch request.Kind {
-	case Connect:
+	case Connect, Calibrate:
 		c, err := prepareConnects(ctx, request)
 		if err != nil {
 			return err

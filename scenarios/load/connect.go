@@ -5,6 +5,7 @@ package load
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math"
 	"net/netip"
@@ -39,7 +40,7 @@ func newSockaddr(a netip.AddrPort) sockaddr {
 	return s
 }
 
-// connects is a Connect request with all that the timed loop needs allocated and warm.
+// connects is a Connect or Calibrate request with all that the timed loop needs allocated and warm.
 type connects struct {
 	request Request
 	targets []sockaddr
@@ -71,6 +72,9 @@ func prepareConnects(ctx context.Context, request Request) (*connects, error) {
 	warmup := order(request.Seed, 2, len(request.Addresses), request.Warmup)
 	// What the request left behind is collected now, and nothing is while the loop runs.
 	runtime.GC()
+	if len(c.order) == 0 && request.Kind == Calibrate {
+		return nil, errors.New("request: kind \"calibrate\" needs a count")
+	}
 	return c, onThread(func() error {
 		c.base = time.Now()
 		for _, target := range warmup {
@@ -98,7 +102,10 @@ func (c *connects) run(ctx context.Context) (Reply, error) {
 				return fmt.Errorf("set timer slack: %w", err)
 			}
 		}
-		if c.request.Quiet > 0 {
+		switch {
+		case c.request.Kind == Calibrate:
+			return c.calibrate(ctx)
+		case c.request.Quiet > 0:
 			return c.quietLoop(ctx)
 		}
 		return c.loop(ctx)

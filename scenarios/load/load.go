@@ -28,6 +28,8 @@ type Kind string
 const (
 	// Connect times raw TCP connects: the measurement. The empty Kind means Connect.
 	Connect Kind = "connect"
+	// Calibrate makes TCP connects for as long as Limit and finds Reply.Quiet, by which connects are to be chosen.
+	Calibrate Kind = "calibrate"
 	// Identify connects by TCP and reads one line, the name of the server that answered.
 	Identify Kind = "identify"
 	// Datagram sends one datagram from a connected UDP socket and reads the reply, which names the server.
@@ -54,9 +56,9 @@ type Request struct {
 	// often (give or take one), in an order that no cache can learn. Wait takes them in the order given.
 	Addresses []netip.AddrPort `json:"addresses"`
 	Seed      uint64           `json:"seed,omitempty"`
-	// Count is the number of operations that are recorded; Wait ignores it.
+	// Count is the number of operations that are recorded; Wait ignores it, and Calibrate goes through as many again and again.
 	Count int `json:"count,omitempty"`
-	// Warmup operations come first, in a closed loop, and are not recorded. Connect only.
+	// Warmup operations come first, in a closed loop, and are not recorded. Connect and Calibrate only.
 	Warmup int `json:"warmup,omitempty"`
 	// Rate is the number of operations due per second; zero is a closed loop. Connect only.
 	Rate float64 `json:"rate,omitempty"`
@@ -64,21 +66,18 @@ type Request struct {
 	// itself. With Rate only.
 	Burst int `json:"burst,omitempty"`
 	// Quiet, when above zero, counts only what was connected while the CPU ran at its full speed: while a reference, a short
-	// run of getppid(2), took no longer than 1+Quiet times the fastest that was ever seen. The rest is kept apart in
-	// Reply.Disturbed. The request waits for such moments and goes on, up to Limit and to QuietPatience times Count, until Count are
-	// quiet. Connect in a closed
-	// loop only, and with a Limit: a machine may never be quiet.
-	Quiet float64 `json:"quiet,omitempty"`
+	// run of getppid(2), took no longer than this. Calibrate finds it. The rest is kept apart in Reply.Disturbed. The request
+	// waits for such moments and goes on, up to Limit and to QuietPatience times Count, until Count are quiet. Connect in a
+	// closed loop only, and with a Limit: a machine may never be quiet.
+	Quiet time.Duration `json:"quiet,omitempty"`
 	// Patience bounds the time that a request with Quiet waits in all, upon which it ends; zero sets no bound but Limit.
 	Patience time.Duration `json:"patience,omitempty"`
-	// Reference is the fastest reading of the reference that the caller knows of; zero knows none.
-	Reference time.Duration `json:"reference,omitempty"`
 	// Timeout bounds one operation; zero means DefaultTimeout, for Wait DefaultWaitTimeout.
 	Timeout time.Duration `json:"timeout,omitempty"`
 	// Pause is how long Wait rests between two attempts; zero means DefaultWaitPause.
 	Pause time.Duration `json:"pause,omitempty"`
 	// Limit bounds the whole request, so that a black hole cannot hold up a run: operations that it cuts off are
-	// counted in Reply.Unsent. Zero sets no bound, which Wait and Quiet refuse.
+	// counted in Reply.Unsent. Zero sets no bound, which Wait, Calibrate and Quiet refuse.
 	Limit time.Duration `json:"limit,omitempty"`
 }
 
@@ -101,7 +100,7 @@ func (r *Request) validate() error {
 	if r.Count < 0 || r.Warmup < 0 || r.Timeout < 0 || r.Pause < 0 || r.Limit < 0 || !(r.Rate >= 0) || r.Rate > 1e9 {
 		return errors.New("request: count, warmup, rate (at most 1e9), timeout, pause and limit must not be negative")
 	}
-	if r.Burst < 0 || !(r.Quiet >= 0) || r.Reference < 0 || r.Patience < 0 || r.Burst > 1 && r.Rate == 0 || r.Quiet > 0 && (r.Rate > 0 || r.Kind != Connect) {
+	if r.Burst < 0 || r.Quiet < 0 || r.Patience < 0 || r.Burst > 1 && r.Rate == 0 || r.Quiet > 0 && (r.Rate > 0 || r.Kind != Connect) {
 		return errors.New("request: burst goes with a rate, quiet with a closed loop of connects, and none is negative")
 	}
 	if r.Quiet > 0 && r.Limit == 0 {
@@ -109,12 +108,12 @@ func (r *Request) validate() error {
 	}
 	switch r.Kind {
 	case Connect:
-	case Identify, Datagram, Wait:
-		if r.Rate != 0 || r.Warmup != 0 {
+	case Calibrate, Identify, Datagram, Wait:
+		if r.Rate != 0 || r.Warmup != 0 && r.Kind != Calibrate {
 			return fmt.Errorf("request: kind %q knows neither rate nor warmup", r.Kind)
 		}
-		if r.Kind == Wait && r.Limit == 0 {
-			return errors.New("request: kind \"wait\" needs a limit")
+		if (r.Kind == Wait || r.Kind == Calibrate) && r.Limit == 0 {
+			return fmt.Errorf("request: kind %q needs a limit", r.Kind)
 		}
 	default:
 		return fmt.Errorf("request: unknown kind %q", r.Kind)
@@ -138,8 +137,8 @@ type Reply struct {
 	Latencies []int64 `json:"latencies,omitempty"`
 	// Disturbed holds the latencies that Request.Quiet did not count.
 	Disturbed []int64 `json:"disturbed,omitempty"`
-	// Reference is the fastest reading of the reference in this request; zero unless Request.Quiet was set.
-	Reference time.Duration `json:"reference,omitempty"`
+	// Quiet is the slowest reading of the reference at which connects are not slowed. Calibrate only.
+	Quiet time.Duration `json:"quiet,omitempty"`
 	// Waited is how long the client waited for quiet moments; zero unless Request.Quiet was set.
 	Waited time.Duration `json:"waited,omitempty"`
 	// Errors counts failed operations by errno name ("ECONNREFUSED") or "timeout".

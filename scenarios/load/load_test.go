@@ -74,6 +74,23 @@ func mustDrain(tb testing.TB, server *Server, want int64) Report {
 	}
 }
 
+// mustRest waits until the server has accepted all that has come, and returns its report.
+func mustRest(tb testing.TB, server *Server) Report {
+	tb.Helper()
+	last := Report{Accepted: -1}
+	for {
+		report, err := server.Report(tb.Context())
+		if err != nil {
+			tb.Fatal(err)
+		}
+		if report.Accepted == last.Accepted {
+			return report
+		}
+		last = report
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
 // The medians of five runs on one path lie within a factor of 1.5 of each other even on a machine that does other things.
 func TestConnectMedianRepeats(t *testing.T) {
 	p := mustPods(t)
@@ -192,26 +209,30 @@ func TestQuietCountsWhatTheReferenceAllows(t *testing.T) {
 	client, _ := mustClient(t, p.client)
 
 	// No CPU is as fast as that: the request waits for its limit, and no connect is made meanwhile.
-	reply := mustDo(t, client, Request{Addresses: addresses, Count: 100, Quiet: 0.05, Reference: 1, Limit: 50 * time.Millisecond})
+	reply := mustDo(t, client, Request{Addresses: addresses, Count: 100, Quiet: 1, Limit: 50 * time.Millisecond})
 	if made := len(reply.Latencies) + len(reply.Disturbed); made != 0 || reply.Failed() != 0 || reply.Elapsed < 50*time.Millisecond {
 		t.Errorf("%d connects, errors %v in %s on a CPU that is never quiet; want none, and the whole limit", made, reply.Errors, reply.Elapsed)
 	}
-	reply = mustDo(t, client, Request{Addresses: addresses, Count: 100, Quiet: 0.05, Reference: 1, Patience: 20 * time.Millisecond, Limit: 10 * time.Second})
-	if reply.Waited < 20*time.Millisecond || reply.Elapsed > 5*time.Second || reply.Reference <= 1 {
-		t.Errorf("waited %s of %s with a patience of 20 ms; the fastest reading is %s", reply.Waited, reply.Elapsed, reply.Reference)
+	reply = mustDo(t, client, Request{Addresses: addresses, Count: 100, Quiet: 1, Patience: 20 * time.Millisecond, Limit: 10 * time.Second})
+	if reply.Waited < 20*time.Millisecond || reply.Elapsed > 5*time.Second {
+		t.Errorf("waited %s of %s with a patience of 20 ms", reply.Waited, reply.Elapsed)
 	}
 	// And none is slower than this: every connect counts.
-	reply = mustDo(t, client, Request{Addresses: addresses, Count: 100, Quiet: 1e9, Limit: 10 * time.Second})
+	reply = mustDo(t, client, Request{Addresses: addresses, Count: 100, Quiet: time.Hour, Limit: 10 * time.Second})
 	if len(reply.Latencies) < 100 || len(reply.Disturbed) != 0 {
 		t.Errorf("%d connects count and %d do not on a CPU that is always quiet; want 100 or a slice more, and none", len(reply.Latencies), len(reply.Disturbed))
 	}
-	made := int64(len(reply.Latencies))
 
+	reply = mustDo(t, client, Request{Kind: Calibrate, Addresses: addresses, Count: 100, Limit: time.Second})
+	if reply.Quiet < 100*time.Nanosecond || reply.Quiet > time.Millisecond {
+		t.Errorf("connects count while 32 calls of getppid take at most %s", reply.Quiet)
+	}
 	// What is made is kept, whether it counts or not.
-	reply = mustDo(t, client, Request{Addresses: addresses, Count: 200, Quiet: 0.05, Limit: 10 * time.Second})
-	made += int64(len(reply.Latencies) + len(reply.Disturbed))
-	if reply.Reference <= 0 || reply.Failed() != 0 {
-		t.Errorf("reference %s, errors %v", reply.Reference, reply.Errors)
+	before := mustRest(t, server).Accepted
+	reply = mustDo(t, client, Request{Addresses: addresses, Count: 200, Quiet: reply.Quiet, Limit: 10 * time.Second})
+	made := before + int64(len(reply.Latencies)+len(reply.Disturbed))
+	if len(reply.Latencies) == 0 || reply.Failed() != 0 {
+		t.Errorf("%d connects count, errors %v", len(reply.Latencies), reply.Errors)
 	}
 	if report := mustDrain(t, server, made); report.Accepted != made {
 		t.Errorf("server accepted %d connections, the client tells of %d", report.Accepted, made)
@@ -368,13 +389,16 @@ func TestWrongRequestsAreRefused(t *testing.T) {
 	client, _ := mustClient(t, mustNamespace(t))
 	address := ports(serverIP, 80)
 	for name, request := range map[string]Request{
-		"no addresses":        {Count: 1},
-		"no port":             {Addresses: ports(serverIP, 0), Count: 1},
-		"negative count":      {Addresses: address, Count: -1},
-		"unknown kind":        {Kind: "dance", Addresses: address},
-		"wait without limit":  {Kind: Wait, Addresses: address},
-		"quiet without limit": {Addresses: address, Count: 1, Quiet: 0.05},
-		"rate for a datagram": {Kind: Datagram, Addresses: address, Count: 1, Rate: 1},
+		"no addresses":               {Count: 1},
+		"no port":                    {Addresses: ports(serverIP, 0), Count: 1},
+		"negative count":             {Addresses: address, Count: -1},
+		"unknown kind":               {Kind: "dance", Addresses: address},
+		"wait without limit":         {Kind: Wait, Addresses: address},
+		"quiet without limit":        {Addresses: address, Count: 1, Quiet: time.Second},
+		"calibrate without limit":    {Kind: Calibrate, Addresses: address, Count: 1},
+		"calibrate without count":    {Kind: Calibrate, Addresses: address, Limit: time.Second},
+		"calibrate without connects": {Kind: Calibrate, Addresses: address, Count: 1, Limit: time.Millisecond},
+		"rate for a datagram":        {Kind: Datagram, Addresses: address, Count: 1, Rate: 1},
 	} {
 		if _, err := client.Do(t.Context(), request); err == nil {
 			t.Errorf("%s: no error", name)

@@ -15,7 +15,7 @@ import (
 // were pinned, and getppid(2) took 174 or 230 ns in step with it, while plain arithmetic stayed within 3 %: another hardware
 // thread was at work in the same core. Nothing of that belongs to a dataplane. So the client asks how fast the CPU is right now,
 // by a system call that no mode touches, before and after every slice of connects, waits while it is slow, and counts the slices in
-// which it was as fast as it gets. The choice is made by the reference alone, never by how long a connect took.
+// which it was as fast as it gets (calibrate says how fast that is). The choice is made by the reference alone, never by how long a connect took.
 const (
 	// referenceCalls are one reading: 6 µs.
 	referenceCalls = 32
@@ -49,19 +49,8 @@ func readReference(base time.Time) time.Duration {
 func (c *connects) quietLoop(ctx context.Context) error {
 	cpu := processCPU()
 	c.base = time.Now()
-	fastest := c.request.Reference
-	read := func() time.Duration {
-		took := readReference(c.base)
-		if fastest == 0 || took < fastest {
-			fastest = took
-		}
-		if own := &c.reply.Reference; *own == 0 || took < *own {
-			*own = took
-		}
-		return took
-	}
-	before := read()
-	quiet := func(took time.Duration) bool { return took <= time.Duration((1+c.request.Quiet)*float64(fastest)) }
+	before := readReference(c.base)
+	quiet := func(took time.Duration) bool { return took <= c.request.Quiet }
 	cpus, err := newCPUs()
 	if err != nil {
 		return err
@@ -82,7 +71,7 @@ func (c *connects) quietLoop(ctx context.Context) error {
 					return err
 				}
 			}
-			before = read()
+			before = readReference(c.base)
 		}
 		if waited {
 			c.reply.Waited += time.Since(c.base) - waiting
@@ -107,7 +96,7 @@ func (c *connects) quietLoop(ctx context.Context) error {
 			}
 			c.reply.Latencies = append(c.reply.Latencies, int64(returned-called))
 		}
-		after := read()
+		after := readReference(c.base)
 		if waited || !quiet(after) {
 			c.reply.Disturbed = append(c.reply.Disturbed, c.reply.Latencies[counted:]...)
 			c.reply.Latencies = c.reply.Latencies[:counted]
