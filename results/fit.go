@@ -116,6 +116,9 @@ func fit(rungs []rung, noise aaNoise, rng *rand.Rand) fitResult {
 		out.model, out.note = Undecided, "rises by more than the floor, but neither like O(log n) nor like O(n)"
 	default:
 		out.model, out.note = Constant, "by AICc"
+		if lowerBound(slopes[0], slopes[1]) > 0 {
+			out.note = "by AICc; what it rises by is less than the noise floor"
+		}
 	}
 	return out
 }

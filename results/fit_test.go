@@ -106,6 +106,25 @@ func TestFewRungs(t *testing.T) {
 	}
 }
 
+// What grows for certain, but by less than the noise floor, is O(1), and the note says so.
+func TestGrowthBelowTheFloorIsNamed(t *testing.T) {
+	rng := rand.New(rand.NewPCG(1, 1))
+	named := 0
+	for range 50 {
+		d, _ := noisyRungs(rng, sixRungs, 10, 0.003, 0.003, func(n float64) float64 { return 16500 + 0.04*n })
+		f := fit(d, aaNoise{known: true, floor: 850}, rng)
+		if f.model == Constant && f.bound >= 850 && f.low > 0 {
+			if !strings.Contains(f.note, "less than the noise floor") {
+				t.Errorf("a slope of %.3f to %.3f ns is noted as %q", f.low, f.high, f.note)
+			}
+			named++
+		}
+	}
+	if named < 10 {
+		t.Errorf("%d of 50 runs show growth below the floor", named)
+	}
+}
+
 // With three and four rungs no law is named, but growth is: seldom where there is none, and always where iptables pays.
 func TestGrowthOfFewRungs(t *testing.T) {
 	for _, ladder := range [][]int{{100, 1000, 5000}, {100, 1000, 5000, 10000}} {

@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"slices"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 const (
@@ -24,7 +22,7 @@ const (
 	leastSlices = 4 * binSlices
 )
 
-// reading is one slice of a calibration: the slower of the references around it, and the median of its connects.
+// reading is one slice of a calibration: the mean of the references around it, and the median of its connects.
 type reading struct {
 	reference, connect time.Duration
 }
@@ -37,38 +35,33 @@ func (c *connects) calibrate(ctx context.Context) error {
 	}
 	c.base = time.Now()
 	var seen []reading
-	made, arrived := 0, -calibrateTurn
+	var w window
+	var took []int64
+	var last time.Duration // median of a slice that is not judged yet, 0 for none
+	arrived := -calibrateTurn
 	for !c.over(ctx, time.Since(c.base)) {
-		fresh := time.Since(c.base)-arrived >= calibrateTurn
-		if fresh {
+		if time.Since(c.base)-arrived >= calibrateTurn {
 			if err := cpus.hop(); err != nil {
 				return err
 			}
-			arrived = time.Since(c.base)
+			arrived, w, last = time.Since(c.base), window{}, 0
 		}
-		before := readReference(c.base)
-		var took []int64
-		began := time.Since(c.base)
-		for first := true; first || time.Since(c.base)-began < slice; first = false {
-			socket, err := c.socket(c.order[made%len(c.order)])
-			if err != nil {
-				return err
-			}
-			called, returned, errno := c.connect(socket)
-			unix.Close(socket)
-			made++
-			if errno != 0 {
-				c.reply.count(errnoName(errno))
-				continue
-			}
-			took = append(took, int64(returned-called))
+		cold := w.n == 0
+		if cold {
+			w.add(readReference(c.base))
 		}
-		after := readReference(c.base)
-		if fresh || len(took) == 0 {
-			continue // the caches of this CPU are cold, or nothing was seen
+		if took, err = c.slice(took[:0]); err != nil {
+			return err
 		}
-		slices.Sort(took)
-		seen = append(seen, reading{max(before, after), time.Duration(took[len(took)/2])})
+		w.add(readReference(c.base))
+		if mean, known := w.mean(); known && last > 0 {
+			seen = append(seen, reading{mean, last})
+		}
+		last = 0
+		if !cold && len(took) > 0 {
+			slices.Sort(took)
+			last = time.Duration(took[len(took)/2])
+		}
 	}
 	c.reply.Began, c.reply.Elapsed = c.base, time.Since(c.base)
 	if err := ctx.Err(); err != nil {
@@ -78,7 +71,7 @@ func (c *connects) calibrate(ctx context.Context) error {
 	return err
 }
 
-// quietLimit is the slowest reading of the reference up to which connects are as fast as at its fastest readings.
+// quietLimit is the slowest reading of the reference up to which connects are as fast as at its fastest readings, where a reading is a window's mean.
 //
 // A machine shows by its connects which readings mean a disturbance. On one, another hardware thread in the core made the
 // reference slower by 25 % and connects by 15 to 45 %, and undisturbed readings lay within 3 %; on another, getppid(2) itself

@@ -49,6 +49,7 @@ type connects struct {
 	// walking 50,000 addresses does not charge the client's own cache misses to the dataplane.
 	current sockaddr
 	timeout unix.Timeval
+	made    int       // connects of quietLoop and calibrate
 	base    time.Time // what the loop's nanoseconds are relative to
 	reply   Reply
 }

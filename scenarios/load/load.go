@@ -66,11 +66,11 @@ type Request struct {
 	// itself. With Rate only.
 	Burst int `json:"burst,omitempty"`
 	// Quiet, when above zero, counts only what was connected while the CPU ran at its full speed: while a reference, a short
-	// run of getppid(2), took no longer than this. Calibrate finds it. The rest is kept apart in Reply.Disturbed. The request
-	// waits for such moments and goes on, up to Limit and to QuietPatience times Count, until Count are quiet. Connect in a
-	// closed loop only, and with a Limit: a machine may never be quiet.
+	// run of getppid(2), took no longer than this on average. Calibrate finds it. The rest is kept apart in Reply.Disturbed.
+	// While the CPU is slow the request pauses, and it goes on, up to Limit and to QuietPatience times Count, until Count
+	// connects or a slice more are quiet. Connect in a closed loop only, and with a Limit: a machine may never be quiet.
 	Quiet time.Duration `json:"quiet,omitempty"`
-	// Patience bounds the time that a request with Quiet waits in all, upon which it ends; zero sets no bound but Limit.
+	// Patience bounds the time that a request with Quiet pauses in all, upon which it ends; zero sets no bound but Limit.
 	Patience time.Duration `json:"patience,omitempty"`
 	// Timeout bounds one operation; zero means DefaultTimeout, for Wait DefaultWaitTimeout.
 	Timeout time.Duration `json:"timeout,omitempty"`
@@ -139,7 +139,7 @@ type Reply struct {
 	Disturbed []int64 `json:"disturbed,omitempty"`
 	// Quiet is the slowest reading of the reference at which connects are not slowed. Calibrate only.
 	Quiet time.Duration `json:"quiet,omitempty"`
-	// Waited is how long the client waited for quiet moments; zero unless Request.Quiet was set.
+	// Waited is how long the client paused in disturbed moments; zero unless Request.Quiet was set.
 	Waited time.Duration `json:"waited,omitempty"`
 	// Errors counts failed operations by errno name ("ECONNREFUSED") or "timeout".
 	Errors map[string]int64 `json:"errors,omitempty"`

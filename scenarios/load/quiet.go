@@ -14,15 +14,17 @@ import (
 // a time. On the machine where this was found, the same connect took 17, 19.5, 21.5 or 24.5 µs, whichever way client and server
 // were pinned, and getppid(2) took 174 or 230 ns in step with it, while plain arithmetic stayed within 3 %: another hardware
 // thread was at work in the same core. Nothing of that belongs to a dataplane. So the client asks how fast the CPU is right now,
-// by a system call that no mode touches, before and after every slice of connects, waits while it is slow, and counts the slices in
-// which it was as fast as it gets (calibrate says how fast that is). The choice is made by the reference alone, never by how long a connect took.
+// by a system call that no mode touches, before and after every slice of connects, pauses while it is slow, and counts the slices around
+// which it was as fast as it gets (calibrate says how fast that is). The choice is made by the reference alone, never by how long a
+// connect took.
 const (
-	// referenceCalls are one reading: 6 µs.
+	// referenceCalls are one reading: 4 to 6 µs.
 	referenceCalls = 32
 	// slice is how long connects go on between two readings; a connect that takes longer has a slice of its own.
 	slice = 300 * time.Microsecond
-	// hopAfter is how many slow readings send the client to another CPU: as many as take longer than getting there.
-	hopAfter = 50
+	// pause is how long the client leaves a disturbed CPU alone before it tries again: half of all quiet moments are part of a
+	// spell of a millisecond or more, and disturbed spells last for up to seconds.
+	pause = 2 * time.Millisecond
 )
 
 // QuietPatience is how many times Count is connected at most for Count that are quiet.
@@ -45,65 +47,95 @@ func readReference(base time.Time) time.Duration {
 	return time.Since(base) - began
 }
 
+// window holds the last readings on one CPU: two before a slice of connects and two after it. One reading alone scatters by
+// several percent, as much as some disturbances change it, but the next one scatters anew.
+type window struct {
+	readings [4]time.Duration
+	n        int
+}
+
+func (w *window) add(reading time.Duration) {
+	w.readings[w.n%len(w.readings)] = reading
+	w.n++
+}
+
+// mean is over the window; it is not known before the window is full.
+func (w *window) mean() (mean time.Duration, known bool) {
+	for _, r := range w.readings {
+		mean += r / time.Duration(len(w.readings))
+	}
+	return mean, w.n >= len(w.readings)
+}
+
+// slice makes connects for as long as a slice takes, one at least, and appends the times of those that succeed to took. It goes
+// through the order again when that is at its end.
+func (c *connects) slice(took []int64) ([]int64, error) {
+	began := time.Since(c.base)
+	for first := true; first || time.Since(c.base)-began < slice; first = false {
+		socket, err := c.socket(c.order[c.made%len(c.order)])
+		if err != nil {
+			return nil, err
+		}
+		called, returned, errno := c.connect(socket)
+		unix.Close(socket)
+		c.made++
+		if errno != 0 {
+			c.reply.count(errnoName(errno))
+			continue
+		}
+		took = append(took, int64(returned-called))
+	}
+	return took, nil
+}
+
 // quietLoop is loop for a request with Quiet.
 func (c *connects) quietLoop(ctx context.Context) error {
 	cpu := processCPU()
 	c.base = time.Now()
-	before := readReference(c.base)
-	quiet := func(took time.Duration) bool { return took <= c.request.Quiet }
 	cpus, err := newCPUs()
 	if err != nil {
 		return err
 	}
-	made, counted := 0, 0
-	for made < len(c.order) && counted < c.request.Count && !c.over(ctx, time.Since(c.base)) {
-		// Half of all quiet moments are part of a spell of a millisecond or more, and disturbed spells last for up to seconds:
-		// connects in them would only fill the connection tracking. Each CPU has neighbours of its own.
-		waiting := time.Since(c.base)
-		waited := !quiet(before)
-		for slow := 1; !quiet(before); slow++ {
-			now := time.Since(c.base)
-			if c.over(ctx, now) || c.request.Patience > 0 && c.reply.Waited+now-waiting >= c.request.Patience {
+	var w window
+	var last, current []int64 // slices; the last one is not judged before there are two readings after it
+	for c.made < len(c.order) && len(c.reply.Latencies) < c.request.Count && !c.over(ctx, time.Since(c.base)) {
+		if mean, known := w.mean(); known && mean > c.request.Quiet {
+			if c.request.Patience > 0 && c.reply.Waited >= c.request.Patience {
 				break
 			}
-			if slow%hopAfter == 0 {
-				if err := cpus.hop(); err != nil {
-					return err
-				}
-			}
-			before = readReference(c.base)
-		}
-		if waited {
-			c.reply.Waited += time.Since(c.base) - waiting
-		}
-		if !quiet(before) {
-			break
-		}
-		// What a slice adds to Latencies is moved to Disturbed when it was not quiet. So is the one connect after a wait, which
-		// brings back into the caches what the wait has lost.
-		began := time.Since(c.base)
-		for first := true; first || !waited && made < len(c.order) && time.Since(c.base)-began < slice; first = false {
-			socket, err := c.socket(c.order[made])
-			if err != nil {
+			c.reply.Disturbed = append(c.reply.Disturbed, last...)
+			last = last[:0]
+			// Each CPU has neighbours of its own. Spinning keeps it awake.
+			if err := cpus.hop(); err != nil {
 				return err
 			}
-			called, returned, errno := c.connect(socket)
-			unix.Close(socket)
-			made++
-			if errno != 0 {
-				c.reply.count(errnoName(errno))
-				continue
+			began := time.Since(c.base)
+			for now := began; now-began < pause && !c.over(ctx, now); now = time.Since(c.base) {
+				readReference(c.base)
 			}
-			c.reply.Latencies = append(c.reply.Latencies, int64(returned-called))
+			c.reply.Waited += time.Since(c.base) - began
+			w = window{}
 		}
-		after := readReference(c.base)
-		if waited || !quiet(after) {
-			c.reply.Disturbed = append(c.reply.Disturbed, c.reply.Latencies[counted:]...)
-			c.reply.Latencies = c.reply.Latencies[:counted]
+		cold := w.n == 0 // what the caches hold is not of connects
+		if cold {
+			w.add(readReference(c.base))
 		}
-		counted = len(c.reply.Latencies)
-		before = after
+		if current, err = c.slice(current[:0]); err != nil {
+			return err
+		}
+		w.add(readReference(c.base))
+		if mean, known := w.mean(); known && mean <= c.request.Quiet {
+			c.reply.Latencies = append(c.reply.Latencies, last...)
+		} else {
+			c.reply.Disturbed = append(c.reply.Disturbed, last...)
+		}
+		if cold {
+			c.reply.Disturbed = append(c.reply.Disturbed, current...)
+			current = current[:0]
+		}
+		last, current = current, last
 	}
+	c.reply.Disturbed = append(c.reply.Disturbed, last...)
 	c.reply.Began, c.reply.Elapsed = c.base, time.Since(c.base)
 	c.reply.CPU = processCPU() - cpu
 	return ctx.Err()
