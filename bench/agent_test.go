@@ -90,6 +90,15 @@ func TestAgentCarriesServicesUntilItEnds(t *testing.T) {
 		t.Errorf("a connect from outside the cgroup gave %v and %v, want %v", conn, err, syscall.ENETUNREACH)
 	}
 
+	// Writing to a connection that the API server has closed raises this, and is no reason to end.
+	if err := agent.Process.Signal(syscall.SIGPIPE); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(500 * time.Millisecond) // it would need a few
+	if err := get(t, ns, agentHealth, "/healthz", ""); err != nil {
+		t.Errorf("the agent after SIGPIPE: %v", err)
+	}
+
 	if err := agent.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}

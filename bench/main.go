@@ -40,14 +40,11 @@ func main() {
 		cancel(fmt.Errorf("%w by %s", errInterrupted, s))
 	}()
 	// Whoever reads our output may be gone first, as in `plimsoll run | tee log` and Ctrl-C. Left alone, the next line would
-	// end the program in the middle of its clean-up.
-	broken := make(chan os.Signal, 1)
-	signal.Notify(broken, syscall.SIGPIPE)
-	go func() {
-		<-broken
-		cancel(fmt.Errorf("%w: nobody reads the output", errInterrupted))
-	}()
-	err := run(ctx, os.Stdout, os.Stderr, os.Args[1:])
+	// end the program in the middle of its clean-up. Subtle: the signal itself says nothing of the output once somebody is
+	// notified of it, because a connection that the other side has closed raises it too.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	gone := func() { cancel(fmt.Errorf("%w: nobody reads the output", errInterrupted)) }
+	err := run(ctx, output{os.Stdout, gone}, output{os.Stderr, gone}, os.Args[1:])
 	switch {
 	case err == nil:
 	case errors.Is(context.Cause(ctx), errInterrupted):
@@ -58,6 +55,22 @@ func main() {
 		fmt.Fprintln(os.Stderr, "plimsoll:", strings.ReplaceAll(err.Error(), "\n", "; "))
 		os.Exit(1)
 	}
+}
+
+// output is standard output or error; gone is called when nobody reads it any longer.
+type output struct {
+	file *os.File
+	gone func()
+}
+
+func (o output) Fd() uintptr { return o.file.Fd() }
+
+func (o output) Write(b []byte) (int, error) {
+	n, err := o.file.Write(b)
+	if errors.Is(err, syscall.EPIPE) {
+		o.gone()
+	}
+	return n, err
 }
 
 // run is the whole program but for the process around it.
