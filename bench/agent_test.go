@@ -70,7 +70,7 @@ func TestAgentCarriesServicesUntilItEnds(t *testing.T) {
 		t.Error(err)
 	}
 
-	address := mustService(t, client)
+	address := mustService(t, client, "web")
 	ask := func() error {
 		reply, err := pod.Do(t.Context(), load.Request{Kind: load.Identify, Addresses: []netip.AddrPort{address}, Count: 3})
 		if err != nil {
@@ -94,7 +94,8 @@ func TestAgentCarriesServicesUntilItEnds(t *testing.T) {
 	if err := agent.Process.Signal(syscall.SIGPIPE); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(500 * time.Millisecond) // it would need a few
+	address = mustService(t, client, "shop")
+	eventually(t, "the backend of a Service that is made after SIGPIPE to answer", ask)
 	if err := get(t, ns, agentHealth, "/healthz", ""); err != nil {
 		t.Errorf("the agent after SIGPIPE: %v", err)
 	}
@@ -270,10 +271,10 @@ func mustAPI(t *testing.T, bin string, ns *clusters.NetNS) (kubernetes.Interface
 }
 
 // mustService creates a Service with the backend for its endpoint and returns the address that the API server gave it.
-func mustService(t *testing.T, client kubernetes.Interface) netip.AddrPort {
+func mustService(t *testing.T, client kubernetes.Interface, service string) netip.AddrPort {
 	t.Helper()
-	service, err := client.CoreV1().Services("default").Create(t.Context(), &v1.Service{
-		ObjectMeta: metav1.ObjectMeta{Name: "web"}, Spec: v1.ServiceSpec{Ports: []v1.ServicePort{{Port: 80}}},
+	created, err := client.CoreV1().Services("default").Create(t.Context(), &v1.Service{
+		ObjectMeta: metav1.ObjectMeta{Name: service}, Spec: v1.ServiceSpec{Ports: []v1.ServicePort{{Port: 80}}},
 	}, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -281,7 +282,7 @@ func mustService(t *testing.T, client kubernetes.Interface) netip.AddrPort {
 	endpoint := netip.MustParseAddrPort(backend)
 	name, port, ready := "", int32(endpoint.Port()), true
 	_, err = client.DiscoveryV1().EndpointSlices("default").Create(t.Context(), &discovery.EndpointSlice{
-		ObjectMeta:  metav1.ObjectMeta{Name: "web-1", Labels: map[string]string{discovery.LabelServiceName: "web"}},
+		ObjectMeta:  metav1.ObjectMeta{Name: service + "-1", Labels: map[string]string{discovery.LabelServiceName: service}},
 		AddressType: discovery.AddressTypeIPv4,
 		Ports:       []discovery.EndpointPort{{Name: &name, Port: &port}},
 		Endpoints:   []discovery.Endpoint{{Addresses: []string{endpoint.Addr().String()}, Conditions: discovery.EndpointConditions{Ready: &ready}}},
@@ -289,7 +290,7 @@ func mustService(t *testing.T, client kubernetes.Interface) netip.AddrPort {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return netip.AddrPortFrom(netip.MustParseAddr(service.Spec.ClusterIP), 80)
+	return netip.AddrPortFrom(netip.MustParseAddr(created.Spec.ClusterIP), 80)
 }
 
 // serve handles every connection to address in ns until the test ends.

@@ -28,7 +28,7 @@ const (
 	// closedLimit bounds the closed loop of one target, on slow modes and disturbed machines. It is longer than a connect that
 	// times out in it, which is counted, and than most disturbed spells.
 	closedLimit = 3 * time.Second
-	// minPatience is what a request waits at least: in it a moment that is quiet already is recognised.
+	// minPatience is what a request may pause at least: none would set no bound (load.Request.Patience).
 	minPatience = time.Millisecond
 	// burst is how many of the paced connects are due together.
 	burst = 10

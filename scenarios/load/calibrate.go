@@ -46,14 +46,10 @@ func (c *connects) calibrate(ctx context.Context) error {
 			}
 			arrived, w, last = time.Since(c.base), window{}, 0
 		}
-		cold := w.n == 0
-		if cold {
-			w.add(readReference(c.base))
-		}
-		if took, err = c.slice(took[:0]); err != nil {
+		var cold bool
+		if took, cold, err = c.slice(&w, took[:0]); err != nil {
 			return err
 		}
-		w.add(readReference(c.base))
 		if mean, known := w.mean(); known && last > 0 {
 			seen = append(seen, reading{mean, last})
 		}

@@ -67,14 +67,18 @@ func (w *window) mean() (mean time.Duration, known bool) {
 	return mean, w.n >= len(w.readings)
 }
 
-// slice makes connects for as long as a slice takes, one at least, and appends the times of those that succeed to took. It goes
-// through the order again when that is at its end.
-func (c *connects) slice(took []int64) ([]int64, error) {
+// slice makes connects for as long as a slice takes, one at least, appends the times of those that succeed to took, and adds the
+// reading that follows to w, to an empty window the one before too. The slice is cold then: what the caches hold is not of
+// connects. It goes through the order again when that is at its end.
+func (c *connects) slice(w *window, took []int64) (_ []int64, cold bool, err error) {
+	if cold = w.n == 0; cold {
+		w.add(readReference(c.base))
+	}
 	began := time.Since(c.base)
 	for first := true; first || time.Since(c.base)-began < slice; first = false {
 		socket, err := c.socket(c.order[c.made%len(c.order)])
 		if err != nil {
-			return nil, err
+			return nil, cold, err
 		}
 		called, returned, errno := c.connect(socket)
 		unix.Close(socket)
@@ -85,7 +89,8 @@ func (c *connects) slice(took []int64) ([]int64, error) {
 		}
 		took = append(took, int64(returned-called))
 	}
-	return took, nil
+	w.add(readReference(c.base))
+	return took, cold, nil
 }
 
 // quietLoop is loop for a request with Quiet.
@@ -116,14 +121,10 @@ func (c *connects) quietLoop(ctx context.Context) error {
 			c.reply.Waited += time.Since(c.base) - began
 			w = window{}
 		}
-		cold := w.n == 0 // what the caches hold is not of connects
-		if cold {
-			w.add(readReference(c.base))
-		}
-		if current, err = c.slice(current[:0]); err != nil {
+		var cold bool
+		if current, cold, err = c.slice(&w, current[:0]); err != nil {
 			return err
 		}
-		w.add(readReference(c.base))
 		if mean, known := w.mean(); known && mean <= c.request.Quiet {
 			c.reply.Latencies = append(c.reply.Latencies, last...)
 		} else {
