@@ -18,7 +18,9 @@ export GOFLAGS := $(GOFLAGS) -buildvcs=false
 # The system's folders are not in everybody's PATH, nor in root's after su.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-PROVIDER ?= lab
+PROVIDER ?= auto
+# What takes long to build and outlives a checkout.
+CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/plimsoll
 PROFILE ?= default
 OUT ?=
 ARGS ?=
@@ -39,11 +41,11 @@ help: ## print this help
 	@echo '  NO_INSTALL=1                       print what would be installed, and install nothing'
 
 .PHONY: bench
-bench: go-version root bin/plimsoll packages $(BINARIES) ## set up, then measure the load line [PROVIDER=lab] [PROFILE=quick|default|full] [OUT=DIR] [ARGS=…]
-	@$(SUDO) bin/plimsoll run --provider '$(PROVIDER)' --profile '$(PROFILE)' $(if $(OUT),--out '$(OUT)') $(ARGS)
+bench: go-version root bin/plimsoll packages $(BINARIES) ## set up, then measure the load line [PROVIDER=auto|lab|kind] [PROFILE=quick|default|full] [OUT=DIR] [ARGS=…]
+	@$(SUDO) bin/plimsoll run --provider '$(PROVIDER)' --profile '$(PROFILE)' --cache '$(CACHE)' $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 .PHONY: test
-test: go-version root bin/plimsoll packages $(BINARIES) ## set up, then run every test, as root: most of them need a kernel
+test: go-version root bin/plimsoll packages $(BINARIES) kind-parts ## set up, then run every test, as root: most of them need a kernel
 	@# One package at a time: tests that load rules and measure would disturb each other. Kernels change without
 	@# Go noticing, so no result is taken from the cache.
 	$(GO) test -p 1 -count 1 -timeout 15m $(TESTFLAGS) $(if $(SUDO),-exec "sudo env PATH=$$PATH CI=$(CI)") ./...
@@ -56,6 +58,16 @@ race: go-version root bin/plimsoll ## run the tests of packages that need no ker
 .PHONY: build
 build: go-version bin/plimsoll $(BINARIES) ## build plimsoll and, once, the Kubernetes under test into bin/
 
+.PHONY: node-image
+node-image: go-version root bin/plimsoll ## make a node image for kind from distribution packages and Go modules, without a registry
+	$(INSTALL) --with node-image
+	@$(SUDO) env PATH="$$PATH" GOPATH="$$($(GO) env GOPATH)" GOCACHE="$$($(GO) env GOCACHE)" GOFLAGS='$(GOFLAGS)' \
+	$(MAKE) --no-print-directory -C clusters/kind/nodeimage GO='$(GO)' CACHE='$(CACHE)'
+
+.PHONY: kind-engine
+kind-engine: go-version root bin/plimsoll packages ## start a container engine for kind where there is none; plimsoll engine stop ends it
+	@$(SUDO) bin/plimsoll engine start --cache '$(CACHE)'
+
 .PHONY: check
 check: go-version root bin/plimsoll ## gofmt, vet, staticcheck, actionlint, shellcheck, and that regenerating changes nothing
 	$(INSTALL) --with generate,check
@@ -64,7 +76,7 @@ check: go-version root bin/plimsoll ## gofmt, vet, staticcheck, actionlint, shel
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 	$(GO) tool actionlint
-	shellcheck .ci/run
+	shellcheck .ci/run clusters/kind/nodeimage/{assemble,sources,root/usr/local/bin/entrypoint,root/usr/local/lib/plimsoll/kubelet-cgroup}
 	@# The work tree is compared with itself, so that a change can be checked before it is committed.
 	@sums() { $(GIT) ls-files -z --cached --others --exclude-standard '*_bpfe[lb].*' | xargs -0r sha256sum; }; \
 	before=$$(sums); $(MAKE) --no-print-directory generate; after=$$(sums); \
@@ -110,6 +122,11 @@ root:
 .PHONY: packages
 packages: bin/plimsoll
 	$(INSTALL)
+
+# The tests of kind start an engine by themselves, where there is none and one can be had.
+.PHONY: kind-parts
+kind-parts:
+	@$(MAKE) --no-print-directory node-image || echo 'there is no node image: the tests of kind will be skipped'
 
 # Subtle: the C is sometimes ahead of the Go that uses it, and then plimsoll does not build before this has run. So it is
 # built only where the compiler is missing.

@@ -9,7 +9,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/plimsoll-bench/plimsoll/clusters/lab"
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
+	"github.com/plimsoll-bench/plimsoll/clusters/kind"
 )
 
 func newCleanCommand() *cobra.Command {
@@ -24,7 +25,7 @@ func newCleanCommand() *cobra.Command {
 				return errors.New("what runs leave belongs to root: run it as root (sudo plimsoll clean)")
 			}
 			found := false
-			err := lab.Clean(cmd.Context(), func(line string) {
+			err := host.Clean(cmd.Context(), kind.Remove, func(line string) {
 				found = true
 				fmt.Fprintln(cmd.OutOrStdout(), line)
 			})

@@ -136,6 +136,7 @@ func examine(ctx context.Context, bin string, root bool) []finding {
 	findings := examineHost(root)
 	findings = append(findings, examineKernel(ctx, root)...)
 	findings = append(findings, examineBinaries(ctx, bin)...)
+	findings = append(findings, examineKind(ctx)...)
 	findings = append(findings, examineNoise()...)
 
 	if loaded := newModules(modules, loadedModules()); len(loaded) > 0 {

@@ -86,16 +86,6 @@ func TestMissingCapabilities(t *testing.T) {
 	}
 }
 
-func TestAvailableMemory(t *testing.T) {
-	got, err := availableMemory(strings.NewReader("MemTotal:       24620520 kB\nMemFree:  1 kB\nMemAvailable:   2097152 kB\n"))
-	if err != nil || got != 2<<30 {
-		t.Errorf("%d, %v, want 2 GiB", got, err)
-	}
-	if _, err := availableMemory(strings.NewReader("MemTotal: 1 kB\n")); err == nil {
-		t.Error("a meminfo without MemAvailable is no error")
-	}
-}
-
 func TestCPUGovernors(t *testing.T) {
 	sysfs := t.TempDir()
 	if got := cpuGovernors(sysfs); got != nil {

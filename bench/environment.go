@@ -21,7 +21,7 @@ import (
 // readSysctls are host-wide values that shape what is measured. They are read, never set.
 var readSysctls = []string{
 	"net/netfilter/nf_conntrack_max", "net/netfilter/nf_conntrack_buckets", "net/core/bpf_jit_enable", "net/core/bpf_jit_harden",
-	"net/core/somaxconn", "net/ipv4/ip_local_port_range", "kernel/bpf_stats_enabled", "kernel/unprivileged_bpf_disabled",
+	"net/core/somaxconn", "fs/inotify/max_user_instances", "net/ipv4/ip_local_port_range", "kernel/bpf_stats_enabled", "kernel/unprivileged_bpf_disabled",
 }
 
 // describeHost reads what a reader of results must know of the machine. What cannot be read is left empty.

@@ -3,10 +3,8 @@
 package main
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -17,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
 )
 
 // What the default run wants of the host. At 20,000 Services kube-apiserver and etcd take 0.7 GB, and each of the node's
@@ -125,12 +124,7 @@ func examineCgroup2(root bool) finding {
 
 func examineMemory() finding {
 	f := finding{what: "memory", state: has}
-	meminfo, err := os.Open("/proc/meminfo")
-	if err != nil {
-		return finding{"memory", unknown, err.Error(), ""}
-	}
-	defer meminfo.Close()
-	available, err := availableMemory(meminfo)
+	available, err := host.AvailableMemory()
 	if err != nil {
 		return finding{"memory", unknown, err.Error(), ""}
 	}
@@ -143,25 +137,6 @@ func examineMemory() finding {
 		f.detail += fmt.Sprintf("; PROFILE=full wants %d", wantMemoryFull>>30)
 	}
 	return f
-}
-
-// availableMemory returns MemAvailable of a /proc/meminfo, in bytes.
-func availableMemory(meminfo io.Reader) (uint64, error) {
-	s := bufio.NewScanner(meminfo)
-	for s.Scan() {
-		fields := strings.Fields(s.Text())
-		if len(fields) == 3 && fields[0] == "MemAvailable:" && fields[2] == "kB" {
-			kib, err := strconv.ParseUint(fields[1], 10, 64)
-			if err != nil {
-				return 0, fmt.Errorf("MemAvailable: %w", err)
-			}
-			return kib << 10, nil
-		}
-	}
-	if err := s.Err(); err != nil {
-		return 0, fmt.Errorf("read meminfo: %w", err)
-	}
-	return 0, fmt.Errorf("meminfo has no MemAvailable")
 }
 
 func examineDisk() finding {

@@ -10,27 +10,9 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/plimsoll-bench/plimsoll/clusters"
-	"github.com/plimsoll-bench/plimsoll/clusters/lab"
 	"github.com/plimsoll-bench/plimsoll/dataplane"
 	"github.com/plimsoll-bench/plimsoll/scenarios"
 )
-
-// providers are all providers. The list stands here because each lives in a package of its own.
-var providers = []clusters.Provider{
-	lab.Provider{},
-}
-
-func findProvider(name string) (clusters.Provider, error) {
-	names := make([]string, len(providers))
-	for i, p := range providers {
-		if p.Name() == name {
-			return p, nil
-		}
-		names[i] = p.Name()
-	}
-	return nil, fmt.Errorf("provider %q is not one of %s", name, strings.Join(names, ", "))
-}
 
 func newListCommand() *cobra.Command {
 	return &cobra.Command{

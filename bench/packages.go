@@ -47,6 +47,13 @@ var packageSets = []packageSet{
 		{"libbpf-dev", []string{"/usr/include/bpf/bpf_helpers.h"}, "the helpers' declarations"},
 		{"linux-libc-dev", []string{"/usr/include/linux/bpf.h"}, "the kernel's declarations"},
 	}},
+	{"node-image", []distroPackage{
+		{"mmdebstrap", []string{"mmdebstrap"}, "the root file system of a node"},
+		{"gcc", []string{"gcc"}, "runc, which enters namespaces by C code"},
+		{"libc6-dev", []string{"/usr/include/stdlib.h"}, "the same"},
+		{"libseccomp-dev", []string{"/usr/include/seccomp.h"}, "runc's filters of system calls"},
+		{"pkgconf", []string{"pkg-config"}, "how runc finds them"},
+	}},
 	{"check", []distroPackage{
 		{"shellcheck", []string{"shellcheck"}, "the shell in .ci and in the workflow"},
 		{"gcc", []string{"gcc"}, "the race detector"},

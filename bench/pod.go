@@ -8,6 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/plimsoll-bench/plimsoll/clusters/kind"
 	"github.com/plimsoll-bench/plimsoll/scenarios"
 	"github.com/plimsoll-bench/plimsoll/scenarios/load"
 )
@@ -50,6 +51,17 @@ func newPodClientCommand() *cobra.Command {
 		Use: scenarios.ClientCommand, Short: "the client of a client pod", Hidden: true, Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return load.Client(cmd.Context(), cmd.InOrStdin(), cmd.OutOrStdout())
+		},
+	}
+}
+
+// newPodWaitCommand is what a pod's container runs until clients and servers are started in it.
+func newPodWaitCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: kind.WaitCommand, Short: "hold a pod", Hidden: true, Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			<-cmd.Context().Done()
+			return nil
 		},
 	}
 }

@@ -232,7 +232,11 @@ func (c commandChecker) plimsoll(args []string) error {
 		if cmd.Name() != args[0] {
 			continue
 		}
-		if err := cmd.ParseFlags(args[1:]); err != nil {
+		cmd, args, err := cmd.Find(args[1:])
+		if err != nil {
+			return err
+		}
+		if err := cmd.ParseFlags(args); err != nil {
 			return err
 		}
 		positional := cmd.Flags().Args()
@@ -257,7 +261,7 @@ func (c commandChecker) plimsoll(args []string) error {
 
 // subcommands are those that the program shows; a test holds them against its help.
 func subcommands() []*cobra.Command {
-	return []*cobra.Command{newRunCommand(), newReportCommand(), newCompareCommand(), newListCommand(), newDoctorCommand(), newCleanCommand(), newAgentCommand()}
+	return []*cobra.Command{newRunCommand(), newReportCommand(), newCompareCommand(), newListCommand(), newDoctorCommand(), newCleanCommand(), newAgentCommand(), newEngineCommand()}
 }
 
 // make checks targets and variables; those of make bench become flags of plimsoll run, as in the Makefile.

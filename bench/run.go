@@ -20,6 +20,7 @@ import (
 	"github.com/spf13/cobra"
 	"k8s.io/klog/v2"
 
+	"github.com/plimsoll-bench/plimsoll/clusters"
 	"github.com/plimsoll-bench/plimsoll/dataplane"
 	"github.com/plimsoll-bench/plimsoll/results"
 	"github.com/plimsoll-bench/plimsoll/scenarios"
@@ -67,7 +68,7 @@ func newRunCommand() *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&o.provider, "provider", "lab", "where nodes come from (plimsoll list)")
+	f.StringVar(&o.provider, "provider", "lab", "where nodes come from (plimsoll list); auto: kind where a container engine answers and a node image can be had, else lab")
 	f.StringVar(&o.profile, "profile", "default", "quick, default or full: ladder, rounds and limits that other flags change")
 	f.StringSliceVar(&o.plan.Modes, "modes", []string{"direct", "direct-conntrack", "iptables", "iptables-legacy", "ipvs", "nftables", "ebpf"}, "modes to compare (plimsoll list)")
 	f.IntSliceVar(&o.plan.Services, "services", nil, "numbers of Services, ascending")
@@ -81,6 +82,9 @@ func newRunCommand() *cobra.Command {
 	f.StringVar(&o.plan.Twin, "twin", "direct", "mode that gets a second node; the noise floor comes from the difference; empty for none")
 	f.IntVar(&o.plan.Connects, "connects", 500, "connects timed per visit and target")
 	f.DurationVar(&o.plan.Patience, "patience", 0, "how long a visit may wait per target for moments in which the CPU is at its full speed")
+	f.StringVar(&o.plan.Cache, "cache", "", "folder of what takes long to build, the node image among it (default the user's cache)")
+	f.StringVar(&o.plan.NodeImage, "node-image", "", "image of kind's nodes (default kind's own pinned one; what make node-image made on the engine of make kind-engine)")
+	f.BoolVar(&o.plan.Retain, "retain", false, "keep kind's clusters and say how to enter them; plimsoll clean removes them")
 	f.Float64Var(&o.plan.Rate, "rate", 1000, "connects a second while CPU is measured, the same for all modes")
 	f.IntVar(&o.plan.PacedConnects, "paced-connects", 0, "connects per visit and target while CPU is measured")
 	return cmd
@@ -119,6 +123,12 @@ func (o *runOptions) complete(cmd *cobra.Command, args []string) error {
 	if plan.Bin == "" {
 		var err error
 		if plan.Bin, err = binaries(); err != nil {
+			return err
+		}
+	}
+	if plan.Cache == "" {
+		var err error
+		if plan.Cache, err = cacheDir(); err != nil {
 			return err
 		}
 	}
@@ -166,9 +176,11 @@ func (o *runOptions) complete(cmd *cobra.Command, args []string) error {
 }
 
 func (o *runOptions) run(ctx context.Context, stdout, stderr io.Writer) (err error) {
-	provider, err := findProvider(o.provider)
-	if err != nil {
-		return err
+	var provider clusters.Provider
+	if o.provider != autoProvider {
+		if provider, err = findProvider(o.provider); err != nil {
+			return err
+		}
 	}
 	if os.Geteuid() != 0 {
 		return errors.New("measuring makes network namespaces and loads BPF programs: run it as root (sudo)")
@@ -202,6 +214,11 @@ func (o *runOptions) run(ctx context.Context, stdout, stderr io.Writer) (err err
 	klog.LogToStderr(false)
 	klog.SetOutput(progress.log)
 	progress.Step(fmt.Sprintf("run %s: results go to %s", o.plan.Run, o.plan.Out))
+	if provider == nil {
+		var said string
+		provider, said = chooseProvider(ctx, o.plan)
+		progress.Step(said)
+	}
 	modules := loadedModules()
 	err = scenarios.Run(ctx, o.plan, provider, env, progress)
 	if err != nil {

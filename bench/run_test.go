@@ -19,7 +19,7 @@ import (
 	"testing"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
-	"github.com/plimsoll-bench/plimsoll/clusters/lab"
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
 	"github.com/plimsoll-bench/plimsoll/clusters/lab/labtest"
 	"github.com/plimsoll-bench/plimsoll/scenarios"
 )
@@ -60,7 +60,7 @@ func leftovers(t *testing.T, before []string) []string {
 		t.Fatal(err)
 	}
 	var all []string
-	for _, pattern := range []string{filepath.Join(root, "plimsoll-*"), "/dev/shm/plimsoll-*", filepath.Join(lab.StateDir, "*")} {
+	for _, pattern := range []string{filepath.Join(root, "plimsoll-*"), "/dev/shm/plimsoll-*", filepath.Join(host.StateDir, "*")} {
 		found, err := filepath.Glob(pattern)
 		if err != nil {
 			t.Fatal(err)

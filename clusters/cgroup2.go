@@ -12,8 +12,11 @@ import (
 
 // Cgroup2Mount is where this host mounts cgroup2: /sys/fs/cgroup on most hosts, a folder below it on mixed ones. The error
 // wraps ErrNotSupported when it is mounted nowhere.
-func Cgroup2Mount() (string, error) {
-	f, err := os.Open("/proc/self/mountinfo")
+func Cgroup2Mount() (string, error) { return Cgroup2MountOf(os.Getpid()) }
+
+// Cgroup2MountOf is where a process sees cgroup2, which may be elsewhere in a mount namespace of its own.
+func Cgroup2MountOf(pid int) (string, error) {
+	f, err := os.Open(fmt.Sprintf("/proc/%d/mountinfo", pid))
 	if err != nil {
 		return "", err
 	}

@@ -27,10 +27,12 @@ type Provider interface {
 	Name() string
 	// Doc is one line for `plimsoll list`.
 	Doc() string
-	// Create opens one site per spec and returns when every proxy is healthy, or has failed and its site's Err says why, and
+	// Supports says why the provider cannot give a node what spec wants, wrapping ErrNotSupported; nil when it can.
+	Supports(spec ProxySpec) error
+	// Create opens one site per spec, in one cluster or in several, and returns when every proxy is healthy, or has failed and its site's Err says why, and
 	// every client and backend pod can start processes. On an error, an interrupt among them, nothing is left behind. Errors
 	// wrap ErrNotSupported when the host cannot carry the provider.
-	Create(ctx context.Context, plan Plan) (Cluster, error)
+	Create(ctx context.Context, plan Plan) ([]Cluster, error)
 }
 
 // ProxySpec is what a mode wants of its node, as a plain value: providers carry it out and know nothing else of modes.
@@ -61,13 +63,19 @@ type Plan struct {
 	Program string
 	// Sites are the sites to open, in this order.
 	Sites []ProxySpec
+	// Cache is the folder of what takes long to build and outlives runs.
+	Cache string
+	// NodeImage is the image of kind's nodes; empty for the provider's choice.
+	NodeImage string
+	// Retain keeps what was made when Create fails, and at Close, and says how to enter it.
+	Retain bool
 	// Progress is told what is being done; nil is silent.
 	Progress func(string)
 }
 
 // A Cluster is what a provider opened.
 type Cluster interface {
-	// Sites are in the plan's order.
+	// Sites bear the names of the plan's.
 	Sites() []Site
 	// RESTConfig reaches the API server as an administrator.
 	RESTConfig() *rest.Config
@@ -75,13 +83,19 @@ type Cluster interface {
 	Etcd() *clientv3.Client
 	// ServiceCIDR is the API server's range of Service addresses.
 	ServiceCIDR() netip.Prefix
-	// EndpointPrefixes are the address ranges that the backend pods answer on, one per backend pod.
-	EndpointPrefixes() []netip.Prefix
+	// Versions are what runs in the cluster where that is not of the plan's folder of programs; nil elsewhere.
+	Versions() map[string]string
 	// Failed is closed when the control plane has ended; Err then says which process of it and how, nil until then. A proxy
 	// that ends is its site's affair.
 	Failed() <-chan struct{}
 	Err() error
-	// Close removes everything that Create made.
+	// Pause stops the control plane where it stands, or lets it go on, where it is busy enough to disturb a measurement and no
+	// other cluster's site needs it. Without effect elsewhere.
+	Pause(ctx context.Context, paused bool) error
+	// Quiet stops what the cluster's nodes do of their own accord and no traffic or proxy needs for a while, kubelets and container
+	// runtimes, or lets it go on. Without effect where nodes do nothing of the kind.
+	Quiet(ctx context.Context, quiet bool) error
+	// Close removes everything that Create made for it.
 	Close(ctx context.Context) error
 }
 
@@ -98,6 +112,8 @@ type Site interface {
 	// Client and Backends are the pods that traffic runs between.
 	Client() Pod
 	Backends() []Pod
+	// EndpointPrefixes are the address ranges that the backend pods answer on, one per backend pod.
+	EndpointPrefixes() []netip.Prefix
 	// ProxyCgroup is the cgroup2 folder of the proxy's processes; empty without a proxy.
 	ProxyCgroup() string
 	// Freeze stops every process of the site where it stands, the proxy's and the pods', or lets them go on. It returns when

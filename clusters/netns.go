@@ -43,6 +43,15 @@ func NewNetNS() (*NetNS, error) {
 	return n, nil
 }
 
+// NetNSOf is the network namespace of a process.
+func NetNSOf(pid int) (*NetNS, error) {
+	h, err := netns.GetFromPid(pid)
+	if err != nil {
+		return nil, fmt.Errorf("open the network namespace of process %d: %w", pid, err)
+	}
+	return &NetNS{handle: h}, nil
+}
+
 // Do calls f on a locked thread in this namespace. Sockets that f opens and processes that f starts belong to it.
 func (n *NetNS) Do(f func() error) error {
 	return onThread(func() error {

@@ -62,10 +62,11 @@ func mustOpen(t *testing.T) (kubernetes.Interface, []node) {
 		}
 		plan.Sites = append(plan.Sites, m.Spec(dataplane.Settings{}))
 	}
-	cluster, err := lab.Provider{}.Create(t.Context(), plan)
+	made, err := lab.Provider{}.Create(t.Context(), plan)
 	if err != nil {
 		t.Fatal(err)
 	}
+	cluster := made[0]
 	t.Cleanup(func() {
 		if err := cluster.Close(context.Background()); err != nil {
 			t.Error(err)

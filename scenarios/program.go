@@ -50,7 +50,7 @@ const programming = "programming"
 // Note: all at once, from the first write on, was tried. Five proxies on two CPUs took twice to three times as long as alone,
 // and the quick ones were timed by the fleet's writing.
 func (b *bench) program(ctx context.Context, r *rung) error {
-	before := b.fleet.Len()
+	before := b.clusters[0].fleet.Len()
 	for mode, reason := range b.skipped {
 		if err := b.skip(r, mode, reason); err != nil {
 			return err
@@ -66,16 +66,16 @@ func (b *bench) program(ctx context.Context, r *rung) error {
 	if err := b.freezeAll(ctx, true); err != nil {
 		return err
 	}
-	b.report.Step(fmt.Sprintf("writing Services: %d → %d", before, r.services))
-	timing, err := b.fleet.Scale(ctx, r.services, nil)
-	if err != nil {
+	if err := b.quietAll(ctx, false); err != nil {
 		return err
 	}
-	r.timing = timing
-	for i := range r.services {
-		b.numbers[b.fleet.Service(i).Address] = i
+	b.report.Step(fmt.Sprintf("writing Services: %d → %d", before, r.services))
+	for _, c := range b.clusters {
+		if err := c.scale(ctx, r.services); err != nil {
+			return err
+		}
+		b.report.Step(fmt.Sprintf("the API server shows %d Services after %.1f s", r.services, c.timing.Listed.Seconds()))
 	}
-	b.report.Step(fmt.Sprintf("the API server shows %d Services after %.1f s; now the nodes, one after the other", r.services, timing.Listed.Seconds()))
 	order := rand.New(rand.NewPCG(b.plan.Seed, uint64(r.services)))
 	for _, i := range order.Perm(len(b.sites)) {
 		if s := b.sites[i]; s.lost == "" && s.ProxyCgroup() != "" {
@@ -90,6 +90,21 @@ func (b *bench) program(ctx context.Context, r *rung) error {
 		}
 	}
 	return b.freezeAll(ctx, false)
+}
+
+// scale brings the cluster's fleet to n Services while its sites stand still.
+func (p *population) scale(ctx context.Context, n int) error {
+	if err := p.Pause(ctx, false); err != nil {
+		return err
+	}
+	var err error
+	if p.timing, err = p.fleet.Scale(ctx, n, nil); err != nil {
+		return err
+	}
+	for i := range n {
+		p.numbers[p.fleet.Service(i).Address] = i
+	}
+	return p.Pause(ctx, true)
 }
 
 // programSite lets one frozen site see the rung, waits until it carries it, writes its record, and freezes it again.
@@ -108,7 +123,7 @@ func (b *bench) programSite(ctx context.Context, r *rung, s *site, before int) e
 	}
 	rec := b.record(r, programming, s.name, "fleet", 0)
 	rec.Count = int64(max(r.services-before, before-r.services))
-	rec.Values = append(fleetValues(r.timing), []results.Value{
+	rec.Values = append(fleetValues(s.cluster.timing), []results.Value{
 		{Metric: "programming", Unit: "ns", Value: float64(p.took)},
 		{Metric: "proxy-programming-cpu", Unit: "ns", Value: float64(p.cpu)},
 		{Metric: "proxy-rss", Unit: "bytes", Value: float64(memory.RSS)},
@@ -116,7 +131,7 @@ func (b *bench) programSite(ctx context.Context, r *rung, s *site, before int) e
 	if err := b.writer.Append(rec); err != nil {
 		return err
 	}
-	return s.Freeze(ctx, true)
+	return s.freeze(ctx)
 }
 
 // programmed is how a site came to carry a rung, or why it did not.
@@ -138,7 +153,7 @@ func (b *bench) awaitProgrammed(ctx context.Context, s *site, r *rung) (programm
 		return p, err
 	}
 	began := time.Now()
-	if err := s.Freeze(ctx, false); err != nil {
+	if err := s.thaw(ctx); err != nil {
 		return p, err
 	}
 	patience := b.plan.ProgrammingLimit
@@ -147,7 +162,7 @@ func (b *bench) awaitProgrammed(ctx context.Context, s *site, r *rung) (programm
 	}
 	limit, cancel := context.WithDeadline(ctx, began.Add(patience))
 	defer cancel()
-	newest := b.fleet.Service(r.services - 1).Address
+	newest := s.cluster.fleet.Service(r.services - 1).Address
 	counted, want := 0, s.base+r.services
 	told := began
 	late := func() (programmed, error) {
@@ -208,7 +223,7 @@ func (b *bench) lose(ctx context.Context, r *rung, s *site, why string) error {
 	defer cancel()
 	err := s.Stop(limit)
 	if err == nil {
-		err = s.Freeze(limit, true)
+		err = s.freeze(limit)
 	}
 	if err != nil && ctx.Err() == nil {
 		// The kernel may be deep in its transaction. What it uses of the CPUs shows in every visit.
@@ -312,7 +327,7 @@ func (b *bench) readChain(ctx context.Context, s *site) ([]int, error) {
 	var numbers []int
 	for _, a := range chain {
 		// The API server's own Service is no part of the fleet.
-		if n, ok := b.numbers[a]; ok {
+		if n, ok := s.cluster.numbers[a]; ok {
 			numbers = append(numbers, n)
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"path/filepath"
@@ -49,6 +50,9 @@ type Plan struct {
 	Settings dataplane.Settings
 	// Bin holds kube-apiserver, kube-proxy and etcd; Program is the plimsoll binary for pods and agents, empty for this one.
 	Bin, Program string
+	// Cache is the folder of heavy builds; NodeImage and Retain are the provider's.
+	Cache, NodeImage string
+	Retain           bool
 	// Out is the run's folder.
 	Out string
 }
@@ -66,10 +70,19 @@ type Reporter interface {
 	Warn(what string)
 }
 
+// population is one cluster with the fleet that it holds. Fleets of one run differ in nothing but, perhaps, their addresses.
+type population struct {
+	clusters.Cluster
+	fleet   *fleet.Fleet
+	numbers map[netip.AddrPort]int // Service address → number in the fleet
+	timing  fleet.Timing           // of the rung at hand
+}
+
 // site is one node of the run with its load and what is known of its chain.
 type site struct {
 	clusters.Site
-	mode dataplane.Mode
+	cluster *population
+	mode    dataplane.Mode
 	// name is the mode's, or its twin's.
 	name string
 	load *siteLoad
@@ -89,7 +102,6 @@ type rung struct {
 	sites    []*site  // those that carry it
 	warnings []string // doubts about all of it
 	repeats  int      // work that was done again
-	timing   fleet.Timing
 }
 
 // bench is a run at work.
@@ -102,11 +114,9 @@ type bench struct {
 	samples   *samples
 	env       results.Environment
 	kernel    string
-	cluster   clusters.Cluster
+	clusters  []*population
 	sites     []*site
 	skipped   map[string]string // mode → reason
-	fleet     *fleet.Fleet
-	numbers   map[netip.AddrPort]int // Service address → number in the fleet
 	rand      *rand.Rand
 	// quiet is the slowest reading of the clients' reference at which connects count at this rung.
 	quiet time.Duration
@@ -120,7 +130,7 @@ type bench struct {
 // knows of the host. On an error, an interrupt among them, what was measured so far is in the folder, and nothing is left on
 // the host.
 func Run(ctx context.Context, plan Plan, provider clusters.Provider, env results.Environment, report Reporter) (err error) {
-	b := &bench{plan: plan, provider: provider, env: env, report: report, skipped: map[string]string{}, numbers: map[netip.AddrPort]int{}}
+	b := &bench{plan: plan, provider: provider, env: env, report: report, skipped: map[string]string{}}
 	b.rand = rand.New(rand.NewPCG(plan.Seed, 1))
 	b.kernel = kernelVersion(env.Kernel)
 	if err := b.prepare(ctx); err != nil {
@@ -139,19 +149,21 @@ func Run(ctx context.Context, plan Plan, provider clusters.Provider, env results
 		return err
 	}
 	defer func() {
-		report.Step("removing the cluster")
+		report.Step("removing what the run made")
 		err = errors.Join(err, b.close(context.WithoutCancel(ctx)))
 	}()
 	// A dead control plane ends the run with its own words instead of a time-out.
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	go func() {
-		select {
-		case <-b.cluster.Failed():
-			cancel(b.cluster.Err())
-		case <-ctx.Done():
-		}
-	}()
+	for _, c := range b.clusters {
+		go func() {
+			select {
+			case <-c.Failed():
+				cancel(c.Err())
+			case <-ctx.Done():
+			}
+		}()
+	}
 	if err := b.climb(ctx); err != nil {
 		if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
 			err = cause
@@ -178,10 +190,15 @@ func (b *bench) prepare(ctx context.Context) error {
 		}
 		described := results.Mode{Name: m.Name(), Doc: m.Doc(), Floor: m.Floor()}
 		b.env.Modes = append(b.env.Modes, described)
-		if err := m.Supported(ctx); errors.Is(err, clusters.ErrNotSupported) {
+		err = m.Supported(ctx)
+		if err == nil {
+			err = b.provider.Supports(m.Spec(b.plan.Settings))
+		}
+		if errors.Is(err, clusters.ErrNotSupported) {
 			b.skipped[m.Name()] = reason(err)
 			continue
-		} else if err != nil {
+		}
+		if err != nil {
 			return fmt.Errorf("mode %s: %w", m.Name(), err)
 		}
 		b.sites = append(b.sites, &site{mode: m, name: m.Name()})
@@ -199,19 +216,31 @@ func (b *bench) prepare(ctx context.Context) error {
 	return nil
 }
 
-// open creates the cluster, starts clients and servers, and makes an empty fleet.
+// open creates the clusters, starts clients and servers, and makes empty fleets.
 func (b *bench) open(ctx context.Context) error {
 	specs := make([]clusters.ProxySpec, len(b.sites))
 	for i, s := range b.sites {
 		specs[i] = s.mode.Spec(b.plan.Settings)
 		specs[i].Name = s.name
 	}
-	var err error
-	b.cluster, err = b.provider.Create(ctx, clusters.Plan{
+	made, err := b.provider.Create(ctx, clusters.Plan{
 		Name: b.plan.Run, Dir: filepath.Join(b.plan.Out, "logs"), Bin: b.plan.Bin, Program: b.plan.Program, Sites: specs, Progress: b.report.Step,
+		Cache: b.plan.Cache, NodeImage: b.plan.NodeImage, Retain: b.plan.Retain,
 	})
 	if err != nil {
 		return fmt.Errorf("provider %s: %w", b.provider.Name(), err)
+	}
+	named := map[string]*site{}
+	for _, s := range b.sites {
+		named[s.name] = s
+	}
+	for _, c := range made {
+		p := &population{Cluster: c, numbers: map[netip.AddrPort]int{}}
+		b.clusters = append(b.clusters, p)
+		maps.Copy(b.env.Versions, c.Versions())
+		for _, s := range c.Sites() {
+			named[s.Spec().Name].Site, named[s.Spec().Name].cluster = s, p
+		}
 	}
 	if err := b.populate(ctx); err != nil {
 		return errors.Join(err, b.close(context.WithoutCancel(ctx)))
@@ -221,29 +250,31 @@ func (b *bench) open(ctx context.Context) error {
 
 func (b *bench) populate(ctx context.Context) error {
 	b.report.Step("starting clients and servers")
-	for i, s := range b.cluster.Sites() {
-		b.sites[i].Site = s
+	for _, s := range b.sites {
 		var err error
-		if b.sites[i].load, err = startLoad(ctx, s); err != nil {
-			return fmt.Errorf("load on %s: %w", b.sites[i].name, err)
+		if s.load, err = startLoad(ctx, s); err != nil {
+			return fmt.Errorf("load on %s: %w", s.name, err)
 		}
 	}
-	client, err := kubernetes.NewForConfig(b.cluster.RESTConfig())
-	if err != nil {
-		return err
-	}
-	b.fleet, err = fleet.New(ctx, client, b.cluster.Etcd(), "/registry", fleet.Plan{
-		Namespace: "plimsoll", Endpoints: b.plan.Endpoints, Port: servicePort, TargetPort: backendPort,
-		EndpointPrefixes: b.cluster.EndpointPrefixes(), ServiceCIDR: b.cluster.ServiceCIDR(), Seed: b.plan.Seed,
-	})
-	if err != nil {
-		return err
+	for _, c := range b.clusters {
+		client, err := kubernetes.NewForConfig(c.RESTConfig())
+		if err != nil {
+			return err
+		}
+		c.fleet, err = fleet.New(ctx, client, c.Etcd(), "/registry", fleet.Plan{
+			Namespace: "plimsoll", Endpoints: b.plan.Endpoints, Port: servicePort, TargetPort: backendPort,
+			EndpointPrefixes: c.Sites()[0].EndpointPrefixes(), ServiceCIDR: c.ServiceCIDR(), Seed: b.plan.Seed,
+		})
+		if err != nil {
+			return err
+		}
 	}
 	for _, s := range b.sites {
 		if s.ProxyCgroup() == "" {
 			continue
 		}
 		if s.Err() == nil {
+			var err error
 			if s.base, err = s.awaitBase(ctx); err == nil {
 				continue
 			}
@@ -289,7 +320,7 @@ func (s *site) awaitBase(ctx context.Context) (int, error) {
 	}
 }
 
-// close ends the load and the cluster.
+// close ends the load and the clusters.
 func (b *bench) close(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()
@@ -297,13 +328,16 @@ func (b *bench) close(ctx context.Context) error {
 	for _, s := range b.sites {
 		if s.load != nil {
 			// A site that is frozen cannot end in good order.
-			errs = append(errs, s.Freeze(ctx, false), s.load.close(ctx))
+			errs = append(errs, s.thaw(ctx), s.load.close(ctx))
 		}
 	}
-	if b.fleet != nil {
-		b.fleet.Close()
+	for _, c := range b.clusters {
+		if c.fleet != nil {
+			c.fleet.Close()
+		}
+		errs = append(errs, c.Close(ctx))
 	}
-	return errors.Join(append(errs, b.cluster.Close(ctx))...)
+	return errors.Join(errs...)
 }
 
 // climb visits the rungs in ascending order, and the smallest once more at the end.
@@ -340,6 +374,9 @@ func (b *bench) visitRung(ctx context.Context, r *rung) error {
 	if err := b.freezeAll(ctx, true); err != nil {
 		return err
 	}
+	if err := b.quietAll(ctx, true); err != nil {
+		return err
+	}
 	if err := b.calibrate(ctx); err != nil {
 		return err
 	}
@@ -366,11 +403,11 @@ func (b *bench) calibrate(ctx context.Context) error {
 	if s == nil {
 		return nil // nobody is left to be visited
 	}
-	if err := s.Freeze(ctx, false); err != nil {
+	if err := s.thaw(ctx); err != nil {
 		return err
 	}
 	reply, err := s.load.client.Do(ctx, load.Request{
-		Kind: load.Calibrate, Addresses: addresses(b.fleet, []int{0}, false), Seed: b.plan.Seed, Count: 1000, Warmup: 1000, Timeout: connectTimeout,
+		Kind: load.Calibrate, Addresses: s.addresses([]int{0}, false), Seed: b.plan.Seed, Count: 1000, Warmup: 1000, Timeout: connectTimeout,
 		Limit: calibrateFor,
 	})
 	if err != nil {
@@ -378,7 +415,7 @@ func (b *bench) calibrate(ctx context.Context) error {
 	}
 	b.quiet = reply.Quiet
 	b.report.Step(fmt.Sprintf("connects count while a reference takes at most %.2f µs", float64(b.quiet)/1e3))
-	return s.Freeze(ctx, true)
+	return s.freeze(ctx)
 }
 
 // goRound visits every site of the rung once, in random order. What was disturbed is done again at the end of the round, by
@@ -430,11 +467,35 @@ func (b *bench) freezeAll(ctx context.Context, frozen bool) error {
 		if s.lost != "" {
 			continue
 		}
-		if err := s.Freeze(ctx, frozen); err != nil {
+		change := s.thaw
+		if frozen {
+			change = s.freeze
+		}
+		if err := change(ctx); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// quietAll stops what nodes do of their own accord, or lets it go on.
+func (b *bench) quietAll(ctx context.Context, quiet bool) error {
+	for _, c := range b.clusters {
+		if err := c.Quiet(ctx, quiet); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// thaw lets a site and its control plane go on.
+func (s *site) thaw(ctx context.Context) error {
+	return errors.Join(s.cluster.Pause(ctx, false), s.Freeze(ctx, false))
+}
+
+// freeze stops a site, and its control plane where no other site needs it.
+func (s *site) freeze(ctx context.Context) error {
+	return errors.Join(s.Freeze(ctx, true), s.cluster.Pause(ctx, true))
 }
 
 // record fills in what all records of a rung share.

@@ -9,8 +9,6 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"strings"
-
-	"github.com/plimsoll-bench/plimsoll/scenarios/fleet"
 )
 
 // A Scenario says which addresses a client connects to. How connects are made and recorded is the same for all.
@@ -68,15 +66,14 @@ var Metrics = []Metric{
 	{"proxy-rss-bytes", "resident memory of the proxy's processes once the rung is programmed"},
 }
 
-// addresses are what a client connects to for the given Services.
-func addresses(f *fleet.Fleet, services []int, throughService bool) []netip.AddrPort {
+// addresses are what a site's client connects to for the given Services.
+func (s *site) addresses(services []int, throughService bool) []netip.AddrPort {
 	var list []netip.AddrPort
 	for _, i := range services {
-		s := f.Service(i)
 		if throughService {
-			list = append(list, s.Address)
+			list = append(list, s.cluster.fleet.Service(i).Address)
 		} else {
-			list = append(list, s.Backends...)
+			list = append(list, s.cluster.fleet.Backends(i, s.EndpointPrefixes())...)
 		}
 	}
 	return list

@@ -64,14 +64,14 @@ func (b *bench) work(r *rung, round int) []work {
 // visit lets one site run alone and does the work on it. What something disturbed is void when it may be done again, and
 // returned as left to do; otherwise its records say what disturbed it.
 func (b *bench) visit(ctx context.Context, r *rung, s *site, round int, todo []work, mayRepeat bool) (left []work, err error) {
-	if err := s.Freeze(ctx, false); err != nil {
+	if err := s.thaw(ctx); err != nil {
 		return nil, err
 	}
 	all, doubts, err := b.measure(ctx, r, s, round, todo)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.Freeze(ctx, true); err != nil {
+	if err := s.freeze(ctx); err != nil {
 		return nil, err
 	}
 	for _, m := range all {
@@ -122,7 +122,7 @@ func (b *bench) measure(ctx context.Context, r *rung, s *site, round int, todo [
 			b.patience += b.plan.Patience
 		}
 		m, err := b.measureTarget(ctx, s, w.connects(b.plan.Connects), b.record(r, w.scenario.Name(), s.name, w.target, round), load.Request{
-			Addresses: addresses(b.fleet, services, w.scenario.ThroughService() && s.mode.Floor() != ""),
+			Addresses: s.addresses(services, w.scenario.ThroughService() && s.mode.Floor() != ""),
 			Seed:      w.seed, Timeout: connectTimeout,
 		})
 		if err != nil {

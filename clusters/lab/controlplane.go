@@ -30,6 +30,7 @@ import (
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
 )
 
 // The control plane is alone in its namespace, so its addresses are the same in every lab.
@@ -50,8 +51,8 @@ const (
 // with the token may do everything. Controllers and a scheduler there are none.
 type ControlPlane struct {
 	ns    *clusters.NetNS
-	group *cgroup
-	owned *run // the run that was made for it alone; nil in a lab
+	group *host.Cgroup
+	owned *host.Run // the run that was made for it alone; nil in a lab
 
 	certificate []byte // PEM, the API server's own and its only issuer
 	token       string
@@ -77,13 +78,13 @@ func StartControlPlane(ctx context.Context, o ControlPlaneOptions) (*ControlPlan
 	if err != nil {
 		return nil, err
 	}
-	r, err := newRun(o.Name, dir)
+	r, err := host.New(o.Name, dir)
 	if err != nil {
 		return nil, err
 	}
 	c, err := startControlPlane(ctx, r, o.Bin)
 	if err != nil {
-		return nil, errors.Join(err, r.close(context.WithoutCancel(ctx)))
+		return nil, errors.Join(err, r.Close(context.WithoutCancel(ctx)))
 	}
 	c.owned = r
 	return c, nil
@@ -91,7 +92,7 @@ func StartControlPlane(ctx context.Context, o ControlPlaneOptions) (*ControlPlan
 
 // startControlPlane starts etcd and kube-apiserver from the folder bin and returns when the API server is ready. Their logs
 // go to the run's folder, their data and keys to memory.
-func startControlPlane(ctx context.Context, r *run, bin string) (_ *ControlPlane, err error) {
+func startControlPlane(ctx context.Context, r *host.Run, bin string) (_ *ControlPlane, err error) {
 	for _, program := range []string{"etcd", "kube-apiserver"} {
 		if _, err := os.Stat(filepath.Join(bin, program)); err != nil {
 			return nil, fmt.Errorf("%s is not built (make build does it): %w", program, err)
@@ -104,7 +105,7 @@ func startControlPlane(ctx context.Context, r *run, bin string) (_ *ControlPlane
 			err = errors.Join(err, c.Close(context.WithoutCancel(ctx)))
 		}
 	}()
-	memory, err := r.memory("control")
+	memory, err := r.Memory("control")
 	if err != nil {
 		return nil, err
 	}
@@ -114,7 +115,7 @@ func startControlPlane(ctx context.Context, r *run, bin string) (_ *ControlPlane
 	if c.ns, err = clusters.NewNetNS(); err != nil {
 		return nil, err
 	}
-	if c.group, err = r.cgroup.child("control"); err != nil {
+	if c.group, err = r.Cgroup.Child("control"); err != nil {
 		return nil, err
 	}
 
@@ -129,7 +130,7 @@ func startControlPlane(ctx context.Context, r *run, bin string) (_ *ControlPlane
 		return nil, err
 	}
 	// Subtle: an API server that finds no etcd backs off for a second; waiting for etcd is quicker.
-	err = poll(ready, "etcd to listen", func() (bool, error) {
+	err = host.Poll(ready, "etcd to listen", func() (bool, error) {
 		conn, err := c.ns.DialContext(ready, "tcp", controlEtcd)
 		if err != nil {
 			return false, err
@@ -146,7 +147,7 @@ func startControlPlane(ctx context.Context, r *run, bin string) (_ *ControlPlane
 	if err != nil {
 		return nil, err
 	}
-	err = poll(ready, "kube-apiserver to be ready", func() (bool, error) {
+	err = host.Poll(ready, "kube-apiserver to be ready", func() (bool, error) {
 		if _, err := client.Discovery().RESTClient().Get().AbsPath("/readyz").DoRaw(ready); err != nil {
 			return false, err
 		}
@@ -161,9 +162,9 @@ func startControlPlane(ctx context.Context, r *run, bin string) (_ *ControlPlane
 }
 
 // start runs one of the two programs and fails the control plane when it ends.
-func (c *ControlPlane) start(r *run, name string, argv []string) error {
-	p, err := r.start(command{
-		Name: name, Argv: argv, NetNS: c.ns, Cgroup: c.group, Log: filepath.Join(r.dir, name+".log"),
+func (c *ControlPlane) start(r *host.Run, name string, argv []string) error {
+	p, err := r.Start(host.Command{
+		Name: name, Argv: argv, NetNS: c.ns, Cgroup: c.group, Log: filepath.Join(r.Dir, name+".log"),
 		// Nothing else is in it: a proxy for HTTP would come between the two. Collecting garbage half as often takes a tenth
 		// off the time to write a fleet, for a fifth more memory.
 		Env: []string{"GOGC=200"},
@@ -354,13 +355,13 @@ func (c *ControlPlane) Close(ctx context.Context) error {
 	c.fail(errClosed)
 	var errs []error
 	if c.group != nil {
-		errs = append(errs, c.group.remove(ctx))
+		errs = append(errs, c.group.Remove(ctx))
 	}
 	if c.ns != nil {
 		errs = append(errs, c.ns.Close())
 	}
 	if c.owned != nil {
-		errs = append(errs, c.owned.close(ctx))
+		errs = append(errs, c.owned.Close(ctx))
 	}
 	return errors.Join(errs...)
 }

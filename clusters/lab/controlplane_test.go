@@ -19,6 +19,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/clientcmd"
 
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
 	"github.com/plimsoll-bench/plimsoll/clusters/lab/labtest"
 )
 
@@ -115,7 +116,7 @@ func TestControlPlane(t *testing.T) {
 
 func TestControlPlaneFailure(t *testing.T) {
 	c, o := mustStartControlPlane(t)
-	if err := c.group.kill(t.Context()); err != nil {
+	if err := c.group.Kill(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	select {
@@ -146,7 +147,7 @@ func TestControlPlaneStartFailure(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "exit status 3") || !strings.Contains(err.Error(), "no room on device") {
 		t.Errorf("error = %v, want etcd's exit status and its last words", err)
 	}
-	for _, pattern := range []string{StateDir, memoryDir} {
+	for _, pattern := range []string{host.StateDir, host.MemoryDir} {
 		left, err := filepath.Glob(filepath.Join(pattern, "*"+name+"*"))
 		if err != nil || len(left) > 0 {
 			t.Errorf("left behind: %v, %v", left, err)
@@ -161,15 +162,15 @@ func TestControlPlaneStartFailure(t *testing.T) {
 
 func TestControlPlaneLeavesNothing(t *testing.T) {
 	c, o := mustStartControlPlane(t)
-	dir := c.group.dir
+	dir := c.group.Dir
 	if err := c.Close(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	left, err := filepath.Glob(filepath.Join(memoryDir, "*"+o.Name+"*"))
+	left, err := filepath.Glob(filepath.Join(host.MemoryDir, "*"+o.Name+"*"))
 	if err != nil || len(left) > 0 {
 		t.Errorf("left in memory: %v, %v", left, err)
 	}
-	for _, path := range []string{dir, filepath.Dir(dir), filepath.Join(StateDir, o.Name+".json")} {
+	for _, path := range []string{dir, filepath.Dir(dir), filepath.Join(host.StateDir, o.Name+".json")} {
 		if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%s is still there (%v)", path, err)
 		}

@@ -20,6 +20,7 @@ import (
 	"k8s.io/client-go/rest"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
 )
 
 // Provider opens labs.
@@ -33,9 +34,12 @@ func (Provider) Doc() string {
 	return "an API server and one node per mode as network namespaces on this kernel; needs root"
 }
 
+// Supports is nil: a node's namespace carries whatever this kernel does.
+func (Provider) Supports(clusters.ProxySpec) error { return nil }
+
 // lab is one control plane and its nodes.
 type lab struct {
-	run     *run
+	run     *host.Run
 	control *ControlPlane
 	etcd    *clientv3.Client
 	nodes   []*node
@@ -44,7 +48,7 @@ type lab struct {
 var _ clusters.Cluster = (*lab)(nil)
 
 // Create starts the control plane, makes the nodes, and returns when each proxy is healthy or its node's Err says why not.
-func (Provider) Create(ctx context.Context, plan clusters.Plan) (clusters.Cluster, error) {
+func (Provider) Create(ctx context.Context, plan clusters.Plan) ([]clusters.Cluster, error) {
 	if os.Geteuid() != 0 {
 		return nil, errors.New("the lab makes network namespaces and cgroups: run it as root (sudo)")
 	}
@@ -66,7 +70,7 @@ func (Provider) Create(ctx context.Context, plan clusters.Plan) (clusters.Cluste
 	if err != nil {
 		return nil, err
 	}
-	r, err := newRun(plan.Name, dir)
+	r, err := host.New(plan.Name, dir)
 	if err != nil {
 		return nil, err
 	}
@@ -74,7 +78,7 @@ func (Provider) Create(ctx context.Context, plan clusters.Plan) (clusters.Cluste
 	if err := l.create(ctx, plan, progress); err != nil {
 		return nil, errors.Join(err, l.Close(context.WithoutCancel(ctx)))
 	}
-	return l, nil
+	return []clusters.Cluster{l}, nil
 }
 
 func (l *lab) create(ctx context.Context, plan clusters.Plan, progress func(string)) error {
@@ -86,7 +90,7 @@ func (l *lab) create(ctx context.Context, plan clusters.Plan, progress func(stri
 	if l.etcd, err = l.control.Etcd(); err != nil {
 		return err
 	}
-	kubeconfig := filepath.Join(l.run.dir, "kubeconfig")
+	kubeconfig := filepath.Join(l.run.Dir, "kubeconfig")
 	if err := l.control.Kubeconfig(kubeconfig, "https://"+apiServerLocal); err != nil {
 		return err
 	}
@@ -139,17 +143,25 @@ func (l *lab) Sites() []clusters.Site {
 	return sites
 }
 
-func (l *lab) RESTConfig() *rest.Config         { return l.control.RESTConfig() }
-func (l *lab) Etcd() *clientv3.Client           { return l.etcd }
-func (l *lab) EndpointPrefixes() []netip.Prefix { return backendRanges }
-func (l *lab) ServiceCIDR() netip.Prefix        { return serviceRange }
-func (l *lab) Failed() <-chan struct{}          { return l.control.Done() }
-func (l *lab) Err() error                       { return l.control.Err() }
+func (l *lab) RESTConfig() *rest.Config  { return l.control.RESTConfig() }
+func (l *lab) Etcd() *clientv3.Client    { return l.etcd }
+func (l *lab) ServiceCIDR() netip.Prefix { return serviceRange }
+func (l *lab) Failed() <-chan struct{}   { return l.control.Done() }
+func (l *lab) Err() error                { return l.control.Err() }
+
+// Versions is nil: all that runs is of the plan's folder.
+func (l *lab) Versions() map[string]string { return nil }
+
+// Pause does nothing: one control plane serves all nodes, and is quiet by itself.
+func (l *lab) Pause(context.Context, bool) error { return nil }
+
+// Quiet does nothing: nodes run what they are measured with and nothing else.
+func (l *lab) Quiet(context.Context, bool) error { return nil }
 
 // Close ends every process of the lab at once and removes what it made. The cluster's state is worth nothing without it,
 // so nothing is asked to end in good order.
 func (l *lab) Close(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 2*settleLimit)
+	ctx, cancel := context.WithTimeout(ctx, 2*host.SettleLimit)
 	defer cancel()
 	var errs []error
 	if l.etcd != nil {
@@ -161,6 +173,6 @@ func (l *lab) Close(ctx context.Context) error {
 	if l.control != nil {
 		errs = append(errs, l.control.Close(ctx))
 	}
-	errs = append(errs, l.run.close(ctx))
+	errs = append(errs, l.run.Close(ctx))
 	return errors.Join(errs...)
 }

@@ -5,7 +5,6 @@ package lab
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -14,12 +13,13 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
 	"github.com/plimsoll-bench/plimsoll/clusters/lab/labtest"
 )
 
@@ -40,7 +40,7 @@ func mustCreate(t *testing.T, plan clusters.Plan) *lab {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := c.(*lab)
+	l := c[0].(*lab)
 	t.Cleanup(func() {
 		if err := l.Close(context.Background()); err != nil {
 			t.Error(err)
@@ -96,7 +96,7 @@ func TestProcessesRunInsideTheirPod(t *testing.T) {
 	if err != nil || line != "hello\n" {
 		t.Fatalf("the process answered %q, %v", line, err)
 	}
-	pid := p.(*process).cmd.Process.Pid
+	pid := p.(*host.Process).PID()
 	group, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
 	if err != nil {
 		t.Fatal(err)
@@ -127,7 +127,7 @@ func TestKubeProxyIsReal(t *testing.T) {
 	defer cancel()
 	var mode []byte
 	// Its metrics are served a moment after its health.
-	if err := poll(ctx, "kube-proxy to say its mode", func() (bool, error) {
+	if err := host.Poll(ctx, "kube-proxy to say its mode", func() (bool, error) {
 		resp, err := client.Get("http://127.0.0.1:10249/proxyMode")
 		if err != nil {
 			return false, err
@@ -142,7 +142,7 @@ func TestKubeProxyIsReal(t *testing.T) {
 		t.Errorf("kube-proxy says mode %q", mode)
 	}
 	// A proxy that dies is told with the end of its log, and is not the lab's end.
-	if err := n.proxy.cmd.Process.Kill(); err != nil {
+	if err := syscall.Kill(n.proxy.PID(), syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	select {
@@ -155,73 +155,5 @@ func TestKubeProxyIsReal(t *testing.T) {
 	}
 	if err := l.Err(); err != nil {
 		t.Errorf("the lab took the end of a proxy for its own: %v", err)
-	}
-}
-
-func TestCleanRemovesWhatACrashLeft(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
-	name := fmt.Sprintf("test-clean-%d", os.Getpid())
-	r, err := newRun(name, t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir, err := r.memory("etcd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	sleep, err := r.start(command{Name: "sleep", Argv: []string{"sleep", "600"}, Cgroup: r.cgroup, Log: filepath.Join(t.TempDir(), "log")})
-	if err != nil {
-		t.Fatal(err)
-	}
-	var told []string
-	report := func(line string) {
-		if strings.HasPrefix(line, name+":") {
-			told = append(told, line)
-		}
-	}
-	if err := Clean(t.Context(), report); err != nil {
-		t.Fatal(err)
-	}
-	if len(told) != 1 || !strings.Contains(told[0], "left alone") {
-		t.Errorf("clean said %q of a run that is alive", told)
-	}
-	if err := sleep.Err(); err != nil {
-		t.Fatalf("clean ended a process of a run that is alive: %v", err)
-	}
-
-	// The state file now names a process that is gone: the same pid, started at another time.
-	r.state.Owner.Start = "1"
-	b, err := json.Marshal(r.state)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(r.stateFile(), b, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	told = nil
-	if err := Clean(t.Context(), report); err != nil {
-		t.Fatal(err)
-	}
-	if len(told) != 1 || !strings.Contains(told[0], "removed") {
-		t.Errorf("clean said %q of a run that is gone", told)
-	}
-	<-sleep.Done()
-	for _, path := range []string{dir, r.cgroup.dir, r.stateFile()} {
-		if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
-			t.Errorf("%s is left: %v", path, err)
-		}
-	}
-}
-
-func TestCleanRefusesForeignFolders(t *testing.T) {
-	for _, s := range []state{
-		{Cgroup: "/sys/fs/cgroup/system.slice"}, {Cgroup: "/"}, {Dirs: []string{"/home"}},
-		{Dirs: []string{"/dev/shm/plimsoll-x/../../etc"}}, {Dirs: []string{"/dev/shm/other"}},
-	} {
-		if err := s.check(); err == nil {
-			t.Errorf("a state file with %+v was taken", s)
-		}
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
 )
 
 // Every node has the same addresses: nodes are not connected to each other, so one fleet's endpoints are local on each of
@@ -32,19 +33,19 @@ var (
 // node is one network namespace with a client pod and backend pods behind veth pairs, and the mode's proxy.
 type node struct {
 	spec clusters.ProxySpec
-	run  *run
+	run  *host.Run
 	dir  string
 	// program is the plimsoll binary that runs in pods and as the agent.
 	program string
 	ns      *clusters.NetNS
 	// outside is the far end of the node's uplink.
 	outside  *clusters.NetNS
-	cgroup   *cgroup
+	cgroup   *host.Cgroup
 	client   *pod
 	backends []*pod
-	proxy    *process
+	proxy    *host.Process
 	// proxyGroup is nil without a proxy.
-	proxyGroup *cgroup
+	proxyGroup *host.Cgroup
 	iptables   string
 	forwarder  net.Listener
 
@@ -55,8 +56,8 @@ type node struct {
 
 var _ clusters.Site = (*node)(nil)
 
-func newNode(r *run, program string, spec clusters.ProxySpec) (*node, error) {
-	n := &node{spec: spec, run: r, program: program, dir: filepath.Join(r.dir, spec.Name)}
+func newNode(r *host.Run, program string, spec clusters.ProxySpec) (*node, error) {
+	n := &node{spec: spec, run: r, program: program, dir: filepath.Join(r.Dir, spec.Name)}
 	if err := n.build(); err != nil {
 		return nil, errors.Join(fmt.Errorf("node %s: %w", spec.Name, err), n.close(context.Background()))
 	}
@@ -68,7 +69,7 @@ func (n *node) build() error {
 		return err
 	}
 	var err error
-	if n.cgroup, err = n.run.cgroup.child("node-" + n.spec.Name); err != nil {
+	if n.cgroup, err = n.run.Cgroup.Child("node-" + n.spec.Name); err != nil {
 		return err
 	}
 	if n.ns, err = clusters.NewNetNS(); err != nil {
@@ -182,15 +183,18 @@ func (n *node) Backends() []clusters.Pod {
 	return pods
 }
 
+// EndpointPrefixes are the same on every node.
+func (n *node) EndpointPrefixes() []netip.Prefix { return backendRanges }
+
 func (n *node) ProxyCgroup() string {
 	if n.proxyGroup == nil {
 		return ""
 	}
-	return n.proxyGroup.dir
+	return n.proxyGroup.Dir
 }
 
 func (n *node) Freeze(ctx context.Context, frozen bool) error {
-	return n.cgroup.freeze(ctx, frozen)
+	return n.cgroup.Freeze(ctx, frozen)
 }
 
 // close lets go of the node. Its processes end with the run's cgroup; its namespaces and links with its processes.
@@ -200,7 +204,7 @@ func (n *node) close(ctx context.Context) error {
 		errs = append(errs, n.forwarder.Close())
 	}
 	if n.cgroup != nil {
-		errs = append(errs, n.cgroup.remove(ctx))
+		errs = append(errs, n.cgroup.Remove(ctx))
 	}
 	for _, p := range append([]*pod{n.client}, n.backends...) {
 		if p != nil {

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
 )
 
 // pod is a network namespace behind a veth pair of its node.
@@ -22,7 +23,7 @@ type pod struct {
 	name    string
 	address netip.Addr
 	ns      *clusters.NetNS
-	cgroup  *cgroup
+	cgroup  *host.Cgroup
 }
 
 var _ clusters.Pod = (*pod)(nil)
@@ -31,7 +32,7 @@ var _ clusters.Pod = (*pod)(nil)
 func (n *node) addPod(name string, address netip.Addr, owned netip.Prefix) (*pod, error) {
 	p := &pod{node: n, name: name, address: address}
 	var err error
-	if p.cgroup, err = n.cgroup.child("pod-" + name); err != nil {
+	if p.cgroup, err = n.cgroup.Child("pod-" + name); err != nil {
 		return nil, err
 	}
 	if p.ns, err = clusters.NewNetNS(); err != nil {
@@ -109,10 +110,10 @@ func (n *node) connect(p *pod, owned netip.Prefix) error {
 
 func (p *pod) Name() string        { return p.name }
 func (p *pod) Address() netip.Addr { return p.address }
-func (p *pod) Cgroup() string      { return p.cgroup.dir }
+func (p *pod) Cgroup() string      { return p.cgroup.Dir }
 
 func (p *pod) Start(ctx context.Context, args ...string) (clusters.Process, error) {
-	return p.node.run.start(command{
+	return p.node.run.Start(host.Command{
 		Name:   p.node.spec.Name + "/" + p.name,
 		Argv:   append([]string{p.node.program}, args...),
 		NetNS:  p.ns,

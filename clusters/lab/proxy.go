@@ -16,8 +16,10 @@ import (
 
 	"k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/kube-proxy/config/v1alpha1"
-	"sigs.k8s.io/knftables"
 	"sigs.k8s.io/yaml"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
 )
 
 // proxyHealth is where both kube-proxy and the agent answer inside their node.
@@ -26,11 +28,11 @@ const proxyHealth = "127.0.0.1:10256"
 // startProxy starts what the node's spec asks for and returns when it is healthy, or has failed and Err says why.
 func (n *node) startProxy(ctx context.Context, bin, kubeconfig string) error {
 	if n.spec.ConntrackHooks {
-		if err := n.installConntrackHooks(ctx); err != nil {
+		if err := clusters.InstallConntrackHooks(ctx, n.ns); err != nil {
 			return fmt.Errorf("node %s: %w", n.spec.Name, err)
 		}
 	}
-	var c command
+	var c host.Command
 	var err error
 	switch {
 	case n.spec.KubeProxy != "":
@@ -43,11 +45,11 @@ func (n *node) startProxy(ctx context.Context, bin, kubeconfig string) error {
 	if err != nil {
 		return fmt.Errorf("node %s: %w", n.spec.Name, err)
 	}
-	if n.proxyGroup, err = n.cgroup.child("proxy"); err != nil {
+	if n.proxyGroup, err = n.cgroup.Child("proxy"); err != nil {
 		return err
 	}
 	c.NetNS, c.Cgroup, c.Log = n.ns, n.proxyGroup, filepath.Join(n.dir, c.Name+".log")
-	if n.proxy, err = n.run.start(c); err != nil {
+	if n.proxy, err = n.run.Start(c); err != nil {
 		return fmt.Errorf("node %s: %w", n.spec.Name, err)
 	}
 	if err := n.awaitHealthy(ctx); ctx.Err() != nil {
@@ -63,7 +65,7 @@ func (n *node) giveUp(ctx context.Context, reason error) {
 	n.mu.Lock()
 	n.err = reason
 	n.mu.Unlock()
-	ctx, cancel := context.WithTimeout(ctx, settleLimit)
+	ctx, cancel := context.WithTimeout(ctx, host.SettleLimit)
 	defer cancel()
 	if err := n.Stop(ctx); err != nil {
 		n.mu.Lock()
@@ -84,7 +86,7 @@ func (n *node) Stop(ctx context.Context) error {
 	n.stopped = true
 	n.mu.Unlock()
 	// The whole cgroup, because kube-proxy starts iptables commands. A frozen process dies too.
-	if err := n.proxyGroup.kill(ctx); err != nil {
+	if err := n.proxyGroup.Kill(ctx); err != nil {
 		return fmt.Errorf("node %s: end %s: %w", n.spec.Name, n.proxy.Name, err)
 	}
 	select {
@@ -105,10 +107,10 @@ func (n *node) Err() error {
 }
 
 // kubeProxyCommand writes kube-proxy's configuration and the folder of iptables commands that it finds on its PATH.
-func (n *node) kubeProxyCommand(bin, kubeconfig string) (command, error) {
+func (n *node) kubeProxyCommand(bin, kubeconfig string) (host.Command, error) {
 	path, err := n.writeIPTables()
 	if err != nil {
-		return command{}, err
+		return host.Command{}, err
 	}
 	zero := int32(0)
 	config := v1alpha1.KubeProxyConfiguration{
@@ -134,13 +136,13 @@ func (n *node) kubeProxyCommand(bin, kubeconfig string) (command, error) {
 	}
 	b, err := yaml.Marshal(config)
 	if err != nil {
-		return command{}, err
+		return host.Command{}, err
 	}
 	file := filepath.Join(n.dir, "kube-proxy.yaml")
 	if err := os.WriteFile(file, b, 0o644); err != nil {
-		return command{}, fmt.Errorf("write kube-proxy's configuration: %w", err)
+		return host.Command{}, fmt.Errorf("write kube-proxy's configuration: %w", err)
 	}
-	return command{
+	return host.Command{
 		Name: "kube-proxy",
 		Argv: []string{filepath.Join(bin, "kube-proxy"), "--config", file, "--v", "2"},
 		Env:  append(os.Environ(), "PATH="+path+":"+os.Getenv("PATH")),
@@ -173,46 +175,18 @@ func (n *node) writeIPTables() (string, error) {
 	return dir, nil
 }
 
-func (n *node) agentCommand(kubeconfig string) (command, error) {
+func (n *node) agentCommand(kubeconfig string) (host.Command, error) {
 	argv := []string{n.program, "agent",
 		"--kubeconfig", kubeconfig,
 		"--hostname-override", n.spec.Name,
-		"--cgroup", n.cgroup.dir,
+		"--cgroup", n.cgroup.Dir,
 		"--healthz-bind-address", proxyHealth,
 		"--metrics-bind-address", "127.0.0.1:10249",
 	}
 	if p := n.spec.MinSyncPeriod; p != nil {
 		argv = append(argv, "--min-sync-period", p.String())
 	}
-	return command{Name: "agent", Argv: argv}, nil
-}
-
-// installConntrackHooks puts an inert table into the node: one conntrack rule and empty NAT chains. The kernel counts
-// references to its conntrack and NAT hooks per namespace by such rules (nf_ct_netns_get), so the hooks stay alive.
-func (n *node) installConntrackHooks(ctx context.Context) error {
-	return n.ns.Do(func() error {
-		nft, err := knftables.New(knftables.IPv4Family, "plimsoll-conntrack")
-		if err != nil {
-			return fmt.Errorf("reach nft: %w", err)
-		}
-		tx := nft.NewTransaction()
-		tx.Add(&knftables.Table{Comment: knftables.PtrTo("keeps conntrack and NAT hooks, changes nothing")})
-		tx.Add(&knftables.Chain{Name: "forward", Type: knftables.PtrTo(knftables.FilterType), Hook: knftables.PtrTo(knftables.ForwardHook), Priority: knftables.PtrTo(knftables.FilterPriority)})
-		tx.Add(&knftables.Rule{Chain: "forward", Rule: "ct state invalid counter"})
-		for _, hook := range []struct {
-			hook     knftables.BaseChainHook
-			priority knftables.BaseChainPriority
-		}{
-			{knftables.PreroutingHook, knftables.DNATPriority}, {knftables.InputHook, knftables.SNATPriority},
-			{knftables.OutputHook, knftables.DNATPriority}, {knftables.PostroutingHook, knftables.SNATPriority},
-		} {
-			tx.Add(&knftables.Chain{Name: "nat-" + string(hook.hook), Type: knftables.PtrTo(knftables.NATType), Hook: knftables.PtrTo(hook.hook), Priority: knftables.PtrTo(hook.priority)})
-		}
-		if err := nft.Run(ctx, tx); err != nil {
-			return fmt.Errorf("install the inert conntrack table: %w", err)
-		}
-		return nil
-	})
+	return host.Command{Name: "agent", Argv: argv}, nil
 }
 
 // healthyLimit is how long a proxy on a busy host may take from its start to its first sync; a quiet one takes a second.
@@ -235,7 +209,7 @@ func (n *node) awaitHealthy(ctx context.Context) error {
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
 		return n.ns.DialContext(ctx, network, address)
 	}}}
-	err := poll(ctx, n.proxy.Name+" to be healthy", func() (bool, error) {
+	err := host.Poll(ctx, n.proxy.Name+" to be healthy", func() (bool, error) {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+proxyHealth+"/healthz", nil)
 		if err != nil {
 			return false, err
@@ -256,7 +230,7 @@ func (n *node) awaitHealthy(ctx context.Context) error {
 		return n.proxy.Err()
 	}
 	if err != nil {
-		return fmt.Errorf("%w%s", err, logTail(n.proxy.Log))
+		return fmt.Errorf("%w%s", err, host.LogTail(n.proxy.Log))
 	}
 	return nil
 }

@@ -21,6 +21,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
 	"github.com/plimsoll-bench/plimsoll/clusters/lab/labtest"
 )
 
@@ -89,7 +90,7 @@ func mustServe(t *testing.T, l *lab, n *node, name string) string {
 	address := net.JoinHostPort(service.Spec.ClusterIP, "80")
 	ctx, cancel := context.WithTimeout(t.Context(), serveLimit)
 	defer cancel()
-	if err := poll(ctx, "Service "+name+" to answer on node "+n.spec.Name, func() (bool, error) {
+	if err := host.Poll(ctx, "Service "+name+" to answer on node "+n.spec.Name, func() (bool, error) {
 		err := connect(ctx, n, address)
 		return err == nil, err
 	}); err != nil {
@@ -116,7 +117,7 @@ func mustBeGone(t *testing.T, name string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, dir := range []string{root, StateDir, memoryDir} {
+	for _, dir := range []string{root, host.StateDir, host.MemoryDir} {
 		left, err := filepath.Glob(filepath.Join(dir, "*"+name+"*"))
 		if err != nil || len(left) > 0 {
 			t.Errorf("left behind: %v, %v", left, err)
@@ -240,7 +241,7 @@ func TestLabsSideBySide(t *testing.T) {
 		g.Go(func() error {
 			c, err := Provider{}.Create(t.Context(), plans[i])
 			if err == nil {
-				labs[i] = c.(*lab)
+				labs[i] = c[0].(*lab)
 			}
 			return err
 		})

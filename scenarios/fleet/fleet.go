@@ -117,6 +117,13 @@ func (f *Fleet) Service(i int) Service {
 	return f.plan.service(i, f.addrs[i])
 }
 
+// Backends are what those of Service i would be with other ranges: on a node whose own pods answer on them.
+func (f *Fleet) Backends(i int, prefixes []netip.Prefix) []netip.AddrPort {
+	plan := f.plan
+	plan.EndpointPrefixes = prefixes
+	return plan.service(i, netip.Addr{}).Backends
+}
+
 // Close ends the watches. The Services stay in the cluster: Scale to 0 removes them.
 func (f *Fleet) Close() {
 	f.stop()

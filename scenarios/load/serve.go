@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -30,7 +31,7 @@ type ServeOptions struct {
 	// Name is the server's, without a line feed.
 	Name string
 	// Somaxconn is written to net.core.somaxconn of the network namespace that the server runs in, as the accept queue must
-	// hold 5 ms of connects and more when the machine is busy. Zero leaves the namespace as it is.
+	// hold 5 ms of connects and more when the machine is busy, unless it is as high already. Zero leaves the namespace as it is.
 	Somaxconn int
 }
 
@@ -66,9 +67,8 @@ func Serve(ctx context.Context, options ServeOptions, in io.Reader, out io.Write
 	s := &server{options: options}
 	// Raised before the sockets listen, because listen(2) takes the cap of that moment.
 	if options.Somaxconn > 0 {
-		const file = "/proc/sys/net/core/somaxconn"
-		if err := os.WriteFile(file, []byte(strconv.Itoa(options.Somaxconn)), 0); err != nil {
-			return fmt.Errorf("raise the accept queue: %w", err)
+		if err := raiseAcceptQueue(options.Somaxconn); err != nil {
+			return err
 		}
 	}
 	defer func() { err = errors.Join(err, s.close()) }()
@@ -193,4 +193,20 @@ func (s *server) close() error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// raiseAcceptQueue sets net.core.somaxconn unless it is as high already: a pod's own settings are often read-only to it.
+func raiseAcceptQueue(n int) error {
+	const file = "/proc/sys/net/core/somaxconn"
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return fmt.Errorf("read the limit of accept queues: %w", err)
+	}
+	if now, err := strconv.Atoi(strings.TrimSpace(string(b))); err == nil && now >= n {
+		return nil
+	}
+	if err := os.WriteFile(file, []byte(strconv.Itoa(n)), 0); err != nil {
+		return fmt.Errorf("raise the accept queue: %w", err)
+	}
+	return nil
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package lab
+// Package host is what a run holds on this machine: its state file, cgroups, processes and folders, which go when the run
+// ends, whatever way it ends.
+package host
 
 import (
 	"context"
@@ -21,8 +23,8 @@ import (
 // StateDir holds one file per run that has something on this host. It is memory, as what it describes.
 const StateDir = "/run/plimsoll"
 
-// memoryDir is a file system in memory that every Linux distribution mounts.
-const memoryDir = "/dev/shm"
+// MemoryDir is a file system in memory that every Linux distribution mounts.
+const MemoryDir = "/dev/shm"
 
 // state is what a run's state file says: enough to find everything the run made after the run itself is gone.
 type state struct {
@@ -33,6 +35,8 @@ type state struct {
 	Cgroup string `json:"cgroup"`
 	// Dirs are folders outside the run's own that it made.
 	Dirs []string `json:"dirs"`
+	// Clusters are kind clusters that the run made, by name.
+	Clusters []string `json:"clusters,omitempty"`
 }
 
 // owner names a process for all time: a pid alone is reused.
@@ -42,19 +46,20 @@ type owner struct {
 	BootID string `json:"boot_id"`
 }
 
-// run is one lab's hold on the host: its name, its state file, its cgroup and its folders.
-type run struct {
-	name string
-	// dir keeps configurations and logs with the run.
-	dir    string
-	cgroup *cgroup
+// Run is one run's hold on this machine.
+type Run struct {
+	Name string
+	// Dir keeps configurations and logs with the run.
+	Dir string
+	// Cgroup is the cgroup2 folder of all that the run starts.
+	Cgroup *Cgroup
 
 	mu    sync.Mutex // guards state
 	state state
 }
 
-// newRun writes the state file, then makes what stands in it.
-func newRun(name, dir string) (*run, error) {
+// New makes the run's cgroup, and before it the state file by which Clean finds it. Everything carries the run's name. Close it.
+func New(name, dir string) (*Run, error) {
 	root, err := clusters.Cgroup2Mount()
 	if err != nil {
 		return nil, err
@@ -63,7 +68,7 @@ func newRun(name, dir string) (*run, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &run{name: name, dir: dir, state: state{Name: name, Owner: me, Cgroup: filepath.Join(root, "plimsoll-"+name)}}
+	r := &Run{Name: name, Dir: dir, state: state{Name: name, Owner: me, Cgroup: filepath.Join(root, "plimsoll-"+name)}}
 	if err := os.MkdirAll(StateDir, 0o755); err != nil {
 		return nil, fmt.Errorf("make %s: %w", StateDir, err)
 	}
@@ -77,30 +82,30 @@ func newRun(name, dir string) (*run, error) {
 	if err := r.save(); err != nil {
 		return nil, err
 	}
-	if r.cgroup, err = newCgroup(r.state.Cgroup); err != nil {
-		return nil, errors.Join(err, r.close(context.Background()))
+	if r.Cgroup, err = NewCgroup(r.state.Cgroup); err != nil {
+		return nil, errors.Join(err, r.Close(context.Background()))
 	}
 	return r, nil
 }
 
-func (r *run) stateFile() string { return filepath.Join(StateDir, r.name+".json") }
+func (r *Run) stateFile() string { return filepath.Join(StateDir, r.Name+".json") }
 
 // save writes the state file whole: a reader sees the old one or the new one.
-func (r *run) save() error {
+func (r *Run) save() error {
 	b, err := json.MarshalIndent(r.state, "", "  ")
 	if err != nil {
 		return err
 	}
-	tmp := filepath.Join(StateDir, "."+r.name)
+	tmp := filepath.Join(StateDir, "."+r.Name)
 	if err := os.WriteFile(tmp, append(b, '\n'), 0o644); err != nil {
 		return fmt.Errorf("write the state file: %w", err)
 	}
 	return os.Rename(tmp, r.stateFile())
 }
 
-// memory makes a folder in memory, recorded before it exists.
-func (r *run) memory(name string) (string, error) {
-	dir := filepath.Join(memoryDir, "plimsoll-"+r.name+"-"+name)
+// Memory makes a folder in memory, recorded before it exists, and returns its path.
+func (r *Run) Memory(name string) (string, error) {
+	dir := filepath.Join(MemoryDir, "plimsoll-"+r.Name+"-"+name)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.state.Dirs = append(r.state.Dirs, dir)
@@ -113,8 +118,66 @@ func (r *run) memory(name string) (string, error) {
 	return dir, nil
 }
 
-// close removes all that the run made, whatever state it is in.
-func (r *run) close(ctx context.Context) error {
+// Cluster records a kind cluster before it exists.
+func (r *Run) Cluster(name string) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.state.Clusters = append(r.state.Clusters, name)
+	return r.save()
+}
+
+// HandOver makes process pid the run's owner: the run lives as long as that process, and Remove ends it.
+func (r *Run) HandOver(pid int) error {
+	owner, err := processOwner(pid)
+	if err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.state.Owner = owner
+	return r.save()
+}
+
+// Owner is the process of the run of that name, and whether it lives.
+func Owner(name string) (pid int, alive bool) {
+	s, err := readState(filepath.Join(StateDir, name+".json"))
+	if err != nil {
+		return 0, false
+	}
+	return s.Owner.PID, s.Owner.alive()
+}
+
+// Remove ends the run of that name, whoever its owner is, and removes all that it made. One that is not there is no error.
+func Remove(ctx context.Context, name string) error {
+	file := filepath.Join(StateDir, name+".json")
+	s, err := readState(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return s.remove(ctx, file)
+}
+
+// readState reads a state file and refuses one that names what no run of ours would have made: those who read it are root.
+func readState(file string) (state, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return state{}, err
+	}
+	var s state
+	if err := json.Unmarshal(b, &s); err != nil {
+		return state{}, fmt.Errorf("state file %s is damaged, remove it by hand: %w", file, err)
+	}
+	if err := s.check(); err != nil {
+		return state{}, fmt.Errorf("state file %s: %w", file, err)
+	}
+	return s, nil
+}
+
+// Close removes all that the run made, whatever state it is in.
+func (r *Run) Close(ctx context.Context) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.state.remove(ctx, r.stateFile())
@@ -124,7 +187,7 @@ func (r *run) close(ctx context.Context) error {
 func (s state) remove(ctx context.Context, file string) error {
 	var errs []error
 	if s.Cgroup != "" {
-		errs = append(errs, (&cgroup{dir: s.Cgroup}).remove(ctx))
+		errs = append(errs, (&Cgroup{Dir: s.Cgroup}).Remove(ctx))
 	}
 	for _, d := range s.Dirs {
 		errs = append(errs, os.RemoveAll(d))
@@ -136,15 +199,15 @@ func (s state) remove(ctx context.Context, file string) error {
 }
 
 // Clean removes what runs left behind whose process is gone, and tells each by report. Runs that are alive are told and
-// left alone.
-func Clean(ctx context.Context, report func(string)) error {
+// left alone. removeCluster deletes a kind cluster by name, before the rest of its run goes.
+func Clean(ctx context.Context, removeCluster func(ctx context.Context, name string) error, report func(string)) error {
 	files, err := filepath.Glob(filepath.Join(StateDir, "*.json"))
 	if err != nil {
 		return err
 	}
 	var errs []error
 	for _, f := range files {
-		b, err := os.ReadFile(f)
+		s, err := readState(f)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
@@ -152,20 +215,17 @@ func Clean(ctx context.Context, report func(string)) error {
 			errs = append(errs, err)
 			continue
 		}
-		var s state
-		if err := json.Unmarshal(b, &s); err != nil {
-			errs = append(errs, fmt.Errorf("state file %s is damaged, remove it by hand: %w", f, err))
-			continue
-		}
-		if err := s.check(); err != nil {
-			errs = append(errs, fmt.Errorf("state file %s: %w", f, err))
-			continue
-		}
 		if s.Owner.alive() {
 			report(fmt.Sprintf("%s: running as process %d, left alone", s.Name, s.Owner.PID))
 			continue
 		}
-		if err := s.remove(ctx, f); err != nil {
+		for _, name := range s.Clusters {
+			err = errors.Join(err, removeCluster(ctx, name))
+		}
+		if err == nil {
+			err = s.remove(ctx, f)
+		}
+		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", s.Name, err))
 			continue
 		}
@@ -180,7 +240,7 @@ func (s state) check() error {
 		return fmt.Errorf("cgroup %q is not of this program's making", s.Cgroup)
 	}
 	for _, d := range s.Dirs {
-		if filepath.Dir(d) != memoryDir || !strings.HasPrefix(filepath.Base(d), "plimsoll-") {
+		if filepath.Dir(d) != MemoryDir || !strings.HasPrefix(filepath.Base(d), "plimsoll-") {
 			return fmt.Errorf("folder %q is not of this program's making", d)
 		}
 	}
@@ -222,8 +282,8 @@ func startTime(pid int) (string, error) {
 	return fields[19], nil
 }
 
-// poll calls f every 10 ms until it is true, and names what was awaited when ctx ends first.
-func poll(ctx context.Context, what string, f func() (bool, error)) error {
+// Poll calls f every 10 ms until it is true, and names what was awaited when ctx ends first.
+func Poll(ctx context.Context, what string, f func() (bool, error)) error {
 	t := time.NewTicker(10 * time.Millisecond)
 	defer t.Stop()
 	for {

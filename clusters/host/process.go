@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package lab
+package host
 
 import (
 	"context"
@@ -16,8 +16,8 @@ import (
 	"github.com/plimsoll-bench/plimsoll/clusters"
 )
 
-// command says what to start, and where.
-type command struct {
+// Command says what to start, and where.
+type Command struct {
 	// Name is what messages call it.
 	Name string
 	Argv []string
@@ -26,16 +26,16 @@ type command struct {
 	// NetNS is the network namespace to start in; nil is the host's.
 	NetNS *clusters.NetNS
 	// Cgroup is the cgroup2 folder to start in.
-	Cgroup *cgroup
+	Cgroup *Cgroup
 	// Log receives standard error, and standard output unless Pipes is set. Its end is quoted when the process fails.
 	Log string
 	// Pipes connects standard input and output to the caller.
 	Pipes bool
 }
 
-// process is a running command.
-type process struct {
-	command
+// Process is a running command.
+type Process struct {
+	Command
 	cmd    *exec.Cmd
 	stdin  io.WriteCloser
 	stdout io.Reader
@@ -43,22 +43,22 @@ type process struct {
 	err    error // set before done is closed
 }
 
-var _ clusters.Process = (*process)(nil)
+var _ clusters.Process = (*Process)(nil)
 
-// start starts c below the run's cgroup. The process dies with this one, whatever way that ends.
-func (r *run) start(c command) (*process, error) {
+// Start starts c below the run's cgroup. The process dies with this one, whatever way that ends.
+func (r *Run) Start(c Command) (*Process, error) {
 	log, err := os.OpenFile(c.Log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return nil, fmt.Errorf("open the log of %s: %w", c.Name, err)
 	}
 	defer log.Close()
-	group, err := os.Open(c.Cgroup.dir)
+	group, err := os.Open(c.Cgroup.Dir)
 	if err != nil {
 		return nil, fmt.Errorf("open the cgroup of %s: %w", c.Name, err)
 	}
 	defer group.Close()
 
-	p := &process{command: c, cmd: exec.Command(c.Argv[0], c.Argv[1:]...), done: make(chan struct{})}
+	p := &Process{Command: c, cmd: exec.Command(c.Argv[0], c.Argv[1:]...), done: make(chan struct{})}
 	p.cmd.Env, p.cmd.Stderr, p.cmd.Stdout = c.Env, log, log
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{
 		Pdeathsig:   syscall.SIGKILL,
@@ -95,16 +95,16 @@ func (r *run) start(c command) (*process, error) {
 }
 
 // failure adds the command's line and its log's last line to the way in which it ended.
-func (p *process) failure(err error) error {
+func (p *Process) failure(err error) error {
 	end := "ended"
 	if err != nil {
 		end = err.Error()
 	}
-	return fmt.Errorf("%s (%s): %s%s", p.Name, strings.Join(p.Argv, " "), end, logTail(p.Log))
+	return fmt.Errorf("%s (%s): %s%s", p.Name, strings.Join(p.Argv, " "), end, LogTail(p.Log))
 }
 
-// logTail names a log and quotes its last line; empty when there is none.
-func logTail(path string) string {
+// LogTail names a log and quotes its last line; empty when there is none.
+func LogTail(path string) string {
 	b, err := os.ReadFile(path)
 	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
 	if last := lines[len(lines)-1]; err == nil && last != "" {
@@ -113,10 +113,13 @@ func logTail(path string) string {
 	return ""
 }
 
-// Done is closed when the process has ended; Err then says how.
-func (p *process) Done() <-chan struct{} { return p.done }
+// PID is the process's number.
+func (p *Process) PID() int { return p.cmd.Process.Pid }
 
-func (p *process) Err() error {
+// Done is closed when the process has ended; Err then says how.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+func (p *Process) Err() error {
 	select {
 	case <-p.done:
 		return p.err
@@ -125,11 +128,11 @@ func (p *process) Err() error {
 	}
 }
 
-func (p *process) Stdin() io.WriteCloser { return p.stdin }
-func (p *process) Stdout() io.Reader     { return p.stdout }
+func (p *Process) Stdin() io.WriteCloser { return p.stdin }
+func (p *Process) Stdout() io.Reader     { return p.stdout }
 
 // Close closes the process's input, asks it to end, and kills it when it has not within five seconds.
-func (p *process) Close(ctx context.Context) error {
+func (p *Process) Close(ctx context.Context) error {
 	if p.stdin != nil {
 		p.stdin.Close()
 	}

@@ -1,0 +1,329 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package kind
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+	"sigs.k8s.io/kind/pkg/apis/config/v1alpha4"
+	kindcluster "sigs.k8s.io/kind/pkg/cluster"
+	"sigs.k8s.io/kind/pkg/cluster/nodes"
+	"sigs.k8s.io/kind/pkg/exec"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
+)
+
+// cluster is one kind cluster: with one site, or with all that have no proxy.
+type cluster struct {
+	world *world
+	name  string
+	// last is true for the one that takes along what all clusters share.
+	last    bool
+	control *node
+	sites   []*site
+	rest    *rest.Config
+	client  kubernetes.Interface
+	// kubernetes is the version that the API server says.
+	kubernetes string
+	etcd       *clientv3.Client
+
+	failed context.Context // done when the control plane's node has ended
+	fail   context.CancelCauseFunc
+}
+
+var _ clusters.Cluster = (*cluster)(nil)
+
+// node is one container with a node in it.
+type node struct {
+	name string
+	// pid is the container's first process, by which its namespaces are entered.
+	pid    int
+	ns     *clusters.NetNS
+	cgroup *host.Cgroup
+	kind   nodes.Node
+}
+
+// create makes a cluster with a worker for each site and returns once proxies are healthy, or have failed and their site's Err says
+// why, and pods run. The cluster is returned with an error too: Close removes what there is.
+func (w *world) create(ctx context.Context, name string, specs []clusters.ProxySpec) (*cluster, error) {
+	c := &cluster{world: w, name: name}
+	c.failed, c.fail = context.WithCancelCause(context.Background())
+	dir := filepath.Join(w.plan.Dir, name)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return c, err
+	}
+	if err := w.run.Cluster(c.name); err != nil {
+		return c, err
+	}
+	for _, spec := range specs {
+		c.sites = append(c.sites, &site{cluster: c, spec: spec, dir: filepath.Join(w.plan.Dir, spec.Name)})
+	}
+	config, err := w.config(name, specs)
+	if err != nil {
+		return c, err
+	}
+	w.report("creating cluster " + c.name)
+	kubeconfig := filepath.Join(dir, "kubeconfig")
+	if err := c.createNodes(ctx, config, kubeconfig); err != nil {
+		return c, err
+	}
+	if err := c.enter(ctx); err != nil {
+		return c, err
+	}
+	if err := c.connect(ctx, kubeconfig); err != nil {
+		return c, err
+	}
+	for _, n := range c.nodes() {
+		if err := w.loadPodImage(ctx, n.kind); err != nil {
+			return c, fmt.Errorf("load the image of the pods into %s: %w", n.name, err)
+		}
+	}
+	for _, s := range c.sites {
+		if err := s.populate(ctx); err != nil {
+			return c, fmt.Errorf("%s: %w", s.spec.Name, err)
+		}
+	}
+	return c, nil
+}
+
+// createNodes has kind create the cluster. kind knows no contexts: when ctx ends its containers are taken from under it.
+func (c *cluster) createNodes(ctx context.Context, config *v1alpha4.Cluster, kubeconfig string) error {
+	done := make(chan error, 1)
+	go func() {
+		done <- c.world.kind.Create(c.name,
+			kindcluster.CreateWithV1Alpha4Config(config), kindcluster.CreateWithNodeImage(c.world.image),
+			kindcluster.CreateWithKubeconfigPath(kubeconfig), kindcluster.CreateWithRetain(true),
+			kindcluster.CreateWithDisplayUsage(false), kindcluster.CreateWithDisplaySalutation(false))
+	}()
+	select {
+	case err := <-done:
+		return explain(err)
+	case <-ctx.Done():
+	}
+	for {
+		c.world.kind.Delete(c.name, kubeconfig)
+		select {
+		case <-done:
+			return context.Cause(ctx)
+		case <-time.After(time.Second):
+		}
+	}
+}
+
+// explain adds the end of what a command of kind's said.
+func explain(err error) error {
+	if failed := exec.RunErrorForError(err); failed != nil {
+		return fmt.Errorf("%w: %s", err, lastLine(failed.Output))
+	}
+	return err
+}
+
+// enter finds the processes of the nodes and takes hold of their namespaces and cgroups.
+func (c *cluster) enter(ctx context.Context) error {
+	list, err := c.world.kind.ListNodes(c.name)
+	if err != nil {
+		return err
+	}
+	for _, k := range list {
+		n, err := c.world.enterNode(ctx, k)
+		if err != nil {
+			return fmt.Errorf("node %s: %w", k, err)
+		}
+		if n.name == c.controlName() {
+			c.control = n
+		}
+		for i, s := range c.sites {
+			if n.name == c.workerName(i) {
+				s.node = n
+			}
+		}
+	}
+	if found := c.nodes(); len(found) != len(c.sites)+1 {
+		return fmt.Errorf("kind made other nodes than a control plane and %d workers: %v", len(c.sites), list)
+	}
+	go c.watch()
+	return nil
+}
+
+// controlName is kind's name for the control plane's node, workerName for its workers'.
+func (c *cluster) controlName() string { return c.name + "-control-plane" }
+
+func (c *cluster) workerName(i int) string {
+	if i == 0 {
+		return c.name + "-worker"
+	}
+	return fmt.Sprintf("%s-worker%d", c.name, i+1)
+}
+
+// watch ends when the control plane's node does.
+func (c *cluster) watch() {
+	fd, err := unix.PidfdOpen(c.control.pid, 0)
+	if err == nil {
+		defer unix.Close(fd)
+		_, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, -1)
+		for errors.Is(err, unix.EINTR) {
+			_, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, -1)
+		}
+	}
+	c.fail(fmt.Errorf("node %s has ended", c.control.name))
+}
+
+// enterNode takes hold of a node.
+func (w *world) enterNode(ctx context.Context, k nodes.Node) (*node, error) {
+	out, err := w.engine.Command(ctx, "inspect", "--format", "{{.State.Pid}}", k.String()).Output()
+	if err != nil {
+		return nil, fmt.Errorf("ask the engine for its process: %w", err)
+	}
+	n := &node{name: k.String(), kind: k}
+	if n.pid, err = strconv.Atoi(strings.TrimSpace(string(out))); err != nil || n.pid == 0 {
+		return nil, fmt.Errorf("the engine knows no process of it: %q", out)
+	}
+	if n.ns, err = clusters.NetNSOf(n.pid); err != nil {
+		return nil, err
+	}
+	n.cgroup, err = nodeCgroup(n.pid)
+	return n, err
+}
+
+// connect reaches the API server and its storage from inside the control plane's node, where they stand on every engine.
+func (c *cluster) connect(ctx context.Context, kubeconfig string) error {
+	config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
+	if err != nil {
+		return err
+	}
+	config.Host = "https://127.0.0.1:6443"
+	config.ContentType = runtime.ContentTypeProtobuf
+	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
+	config.QPS, config.UserAgent = -1, "plimsoll"
+	config.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+		return c.control.ns.DialContext(ctx, network, address)
+	}
+	c.rest = config
+	if c.client, err = kubernetes.NewForConfig(config); err != nil {
+		return err
+	}
+	version, err := c.client.Discovery().ServerVersion()
+	if err != nil {
+		return fmt.Errorf("ask the API server for its version: %w", err)
+	}
+	c.kubernetes = version.GitVersion
+	pki := "/etc/kubernetes/pki/"
+	files := map[string][]byte{}
+	for _, name := range []string{"apiserver-etcd-client.crt", "apiserver-etcd-client.key", "etcd/ca.crt"} {
+		if files[name], err = exec.Output(c.control.kind.CommandContext(ctx, "cat", pki+name)); err != nil {
+			return fmt.Errorf("read %s: %w", name, err)
+		}
+	}
+	pair, err := tls.X509KeyPair(files["apiserver-etcd-client.crt"], files["apiserver-etcd-client.key"])
+	if err != nil {
+		return fmt.Errorf("etcd's client certificate: %w", err)
+	}
+	issuers := x509.NewCertPool()
+	issuers.AppendCertsFromPEM(files["etcd/ca.crt"])
+	c.etcd, err = clientv3.New(clientv3.Config{
+		Endpoints: []string{"https://127.0.0.1:2379"},
+		TLS:       &tls.Config{Certificates: []tls.Certificate{pair}, RootCAs: issuers},
+		Logger:    zap.NewNop(),
+		DialOptions: []grpc.DialOption{grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			return c.control.ns.DialContext(ctx, "tcp", "127.0.0.1:2379")
+		})},
+	})
+	return err
+}
+
+func (c *cluster) Sites() []clusters.Site {
+	all := make([]clusters.Site, len(c.sites))
+	for i, s := range c.sites {
+		all[i] = s
+	}
+	return all
+}
+
+func (c *cluster) RESTConfig() *rest.Config  { return rest.CopyConfig(c.rest) }
+func (c *cluster) Etcd() *clientv3.Client    { return c.etcd }
+func (c *cluster) ServiceCIDR() netip.Prefix { return serviceRange }
+func (c *cluster) Failed() <-chan struct{}   { return c.failed.Done() }
+func (c *cluster) Err() error                { return context.Cause(c.failed) }
+
+func (c *cluster) Versions() map[string]string {
+	return map[string]string{"kubernetes": "Kubernetes " + c.kubernetes, "node image": c.world.image, "engine": c.world.engine.Kind}
+}
+
+// Pause stops the control plane's node where it stands.
+func (c *cluster) Pause(ctx context.Context, paused bool) error {
+	return c.control.cgroup.Freeze(ctx, paused)
+}
+
+// Quiet stops kubelets, container runtimes and whatever else runs on the nodes beside the control plane, proxies and the pods that
+// traffic runs between: together they use more of the machine than a visit may be disturbed by.
+func (c *cluster) Quiet(ctx context.Context, quiet bool) error {
+	for _, n := range c.nodes() {
+		for _, group := range n.rest() {
+			if err := group.Freeze(ctx, quiet); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// Close deletes the cluster.
+func (c *cluster) Close(ctx context.Context) error {
+	if c.world.plan.Retain {
+		if c.last {
+			c.world.report(c.world.howToEnter())
+		}
+		return nil
+	}
+	var errs []error
+	if c.etcd != nil {
+		errs = append(errs, c.etcd.Close())
+	}
+	// The engine cannot end what stands still.
+	errs = append(errs, c.Quiet(ctx, false))
+	for _, n := range c.nodes() {
+		errs = append(errs, n.cgroup.Freeze(ctx, false))
+	}
+	errs = append(errs, c.world.kind.Delete(c.name, os.DevNull))
+	for _, n := range c.nodes() {
+		errs = append(errs, n.ns.Close())
+	}
+	if c.last {
+		errs = append(errs, c.world.close(ctx))
+	}
+	return errors.Join(errs...)
+}
+
+// nodes are those that were found.
+func (c *cluster) nodes() []*node {
+	var all []*node
+	if c.control != nil {
+		all = append(all, c.control)
+	}
+	for _, s := range c.sites {
+		if s.node != nil {
+			all = append(all, s.node)
+		}
+	}
+	return all
+}

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package engine
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// ready is the line by which Hold says that the namespaces stand.
+const ready = "ready\n"
+
+// Hold turns the namespaces that this process was started in into the engine's: the unpacked packages lie over the host's /usr
+// and /etc, what would be left in memory is this process's own. It returns when ctx ends.
+func Hold(ctx context.Context, dir string) error {
+	for _, m := range []struct {
+		source, target, kind string
+		flags                uintptr
+		data                 string
+	}{
+		{"", "/", "", unix.MS_REC | unix.MS_PRIVATE, ""},
+		{"overlay", "/usr", "overlay", 0, "lowerdir=" + filepath.Join(dir, "root/usr") + ":/usr"},
+		{"overlay", "/etc", "overlay", 0, "lowerdir=" + filepath.Join(dir, "root/etc") + ":/etc"},
+		{"tmpfs", "/run", "tmpfs", unix.MS_NOSUID | unix.MS_NODEV, "mode=755"},
+	} {
+		if err := unix.Mount(m.source, m.target, m.kind, m.flags, m.data); err != nil {
+			return fmt.Errorf("mount %s: %w", m.target, err)
+		}
+	}
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return fmt.Errorf("find lo: %w", err)
+	}
+	if err := netlink.LinkSetUp(lo); err != nil {
+		return fmt.Errorf("set lo up: %w", err)
+	}
+	if _, err := os.Stdout.WriteString(ready); err != nil {
+		return err
+	}
+	<-ctx.Done()
+	return nil
+}

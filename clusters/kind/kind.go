@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package kind is the provider of kind clusters: one cluster per mode, each with a control plane and a worker as containers of
+// Docker or podman, and real pods on the worker. Modes without a proxy share a cluster, with a worker each.
+package kind
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+
+	"golang.org/x/sync/errgroup"
+	kindcluster "sigs.k8s.io/kind/pkg/cluster"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
+	"github.com/plimsoll-bench/plimsoll/clusters/kind/engine"
+)
+
+// Provider opens kind clusters.
+type Provider struct{}
+
+var _ clusters.Provider = Provider{}
+
+func (Provider) Name() string { return "kind" }
+
+func (Provider) Doc() string {
+	return "one kind cluster per mode, with real pods; needs root and a container engine (Docker, podman, or make kind-engine)"
+}
+
+// Supports refuses the legacy backend of iptables: a node's kube-proxy uses the one that its kubelet does, which in kind's image is
+// nf_tables on every kernel that has it.
+func (Provider) Supports(spec clusters.ProxySpec) error {
+	if spec.IPTables == "legacy" {
+		return fmt.Errorf("kind's nodes use the nf_tables backend of iptables: %w", clusters.ErrNotSupported)
+	}
+	return nil
+}
+
+// world is what the clusters of one plan share.
+type world struct {
+	plan   clusters.Plan
+	run    *host.Run
+	engine engine.Engine
+	kind   *kindcluster.Provider
+	image  string // of the nodes
+	// pods is the image of the pods, as this run named it, and archive the file that holds it.
+	pods, archive string
+	report        func(string)
+}
+
+// Create makes one cluster for each of the plan's sites, several at a time.
+func (Provider) Create(ctx context.Context, plan clusters.Plan) (_ []clusters.Cluster, err error) {
+	if os.Geteuid() != 0 {
+		return nil, errors.New("kind's nodes are entered by their processes: run it as root (sudo)")
+	}
+	e, err := engine.Find(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if plan.Program == "" {
+		if plan.Program, err = os.Executable(); err != nil {
+			return nil, err
+		}
+	}
+	if err := os.MkdirAll(plan.Dir, 0o755); err != nil {
+		return nil, err
+	}
+	if plan.Dir, err = filepath.Abs(plan.Dir); err != nil {
+		return nil, err
+	}
+	w := &world{plan: plan, engine: e, report: plan.Progress}
+	if w.report == nil {
+		w.report = func(string) {}
+	}
+	groups := w.groups()
+	proxies := 0
+	for _, s := range plan.Sites {
+		if s.KubeProxy != "" {
+			proxies += 2 // on the control plane's node too
+		}
+	}
+	if err := enough(len(plan.Sites)+len(groups), proxies); err != nil {
+		return nil, err
+	}
+	use(e)
+	if w.kind, err = newKind(e); err != nil {
+		return nil, err
+	}
+	if w.run, err = host.New(plan.Name, plan.Dir); err != nil {
+		return nil, err
+	}
+	made := make([]*cluster, len(groups))
+	defer func() {
+		if err == nil {
+			return
+		}
+		if plan.Retain {
+			err = fmt.Errorf("%w\n%s", err, w.howToEnter())
+			return
+		}
+		for _, c := range made {
+			if c != nil {
+				err = errors.Join(err, c.Close(context.WithoutCancel(ctx)))
+			}
+		}
+		err = errors.Join(err, w.close(context.WithoutCancel(ctx)))
+	}()
+	if w.image, err = w.nodeImage(ctx); err != nil {
+		return nil, err
+	}
+	if err = w.buildPodImage(ctx); err != nil {
+		return nil, err
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(runtime.NumCPU())
+	for i, group := range groups {
+		g.Go(func() error {
+			c, err := w.create(gctx, w.clusterName(group), group)
+			if made[i] = c; err != nil {
+				return fmt.Errorf("cluster %s: %w", c.name, err)
+			}
+			return nil
+		})
+	}
+	if err = g.Wait(); err != nil {
+		return nil, err
+	}
+	list := make([]clusters.Cluster, len(made))
+	for i, c := range made {
+		list[i] = c
+	}
+	// The last cluster that is closed takes along what all share.
+	made[len(made)-1].last = true
+	return list, nil
+}
+
+// use makes kind, which runs the engine's command by its name, find it.
+func use(e engine.Engine) {
+	if e.Path != "" && !strings.HasPrefix(os.Getenv("PATH"), e.Path+":") {
+		os.Setenv("PATH", e.Path+":"+os.Getenv("PATH"))
+	}
+}
+
+func newKind(e engine.Engine) (*kindcluster.Provider, error) {
+	switch e.Kind {
+	case "docker":
+		return kindcluster.NewProvider(kindcluster.ProviderWithDocker()), nil
+	case "podman":
+		return kindcluster.NewProvider(kindcluster.ProviderWithPodman()), nil
+	}
+	return nil, fmt.Errorf("kind does not know the engine %q", e.Kind)
+}
+
+// Remove deletes a cluster that a run left behind, by its name.
+func Remove(ctx context.Context, name string) error {
+	e, err := engine.Find(ctx)
+	if errors.Is(err, engine.ErrNone) {
+		// The containers went with their engine.
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	use(e)
+	k, err := newKind(e)
+	if err != nil {
+		return err
+	}
+	return k.Delete(name, os.DevNull)
+}
+
+// groups are the sites of each cluster: those with a proxy have one to themselves, those without share the first.
+func (w *world) groups() [][]clusters.ProxySpec {
+	var floors []clusters.ProxySpec
+	var groups [][]clusters.ProxySpec
+	for _, spec := range w.plan.Sites {
+		if spec.KubeProxy == "" && !spec.Agent {
+			floors = append(floors, spec)
+		} else {
+			groups = append(groups, []clusters.ProxySpec{spec})
+		}
+	}
+	if len(floors) > 0 {
+		groups = slices.Insert(groups, 0, floors)
+	}
+	return groups
+}
+
+// clusterName is the kind cluster of a group of sites, named for the first of them.
+func (w *world) clusterName(group []clusters.ProxySpec) string {
+	return "plimsoll-" + w.plan.Name + "-" + group[0].Name
+}
+
+// howToEnter says what was kept and how to look into it.
+func (w *world) howToEnter() string {
+	lines := []string{"kept, because --retain was given; plimsoll clean removes it:"}
+	for _, group := range w.groups() {
+		lines = append(lines, fmt.Sprintf("  %s exec -it %s-worker bash", filepath.Join(w.engine.Path, w.engine.Kind), w.clusterName(group)))
+	}
+	return strings.Join(lines, "\n")
+}
+
+// close removes what the clusters shared.
+func (w *world) close(ctx context.Context) error {
+	var errs []error
+	if w.pods != "" {
+		errs = append(errs, quiet(w.engine.Command(ctx, "rmi", "--force", w.pods)))
+	}
+	return errors.Join(append(errs, w.run.Close(ctx))...)
+}
+
+// serviceRange is kind's default, and endpoint addresses are the pods' own.
+var serviceRange = netip.MustParsePrefix("10.96.0.0/16")

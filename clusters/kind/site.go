@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package kind
+
+import (
+	"bytes"
+	"context"
+	_ "embed"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"text/template"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
+)
+
+// site is the worker of a cluster, with a client pod, backend pods and the proxy's pod.
+type site struct {
+	cluster *cluster
+	spec    clusters.ProxySpec
+	dir     string
+	*node
+	client   *pod
+	backends []*pod
+	iptables string
+	// proxy is the cgroup of the proxy's processes; nil without a proxy.
+	proxy *host.Cgroup
+
+	mu      sync.Mutex // guards what follows
+	stopped bool       // the proxy's end is wanted
+	err     error      // why the proxy does not serve
+}
+
+var _ clusters.Site = (*site)(nil)
+
+const (
+	// agentNamespace holds the agent; a site's pods have a namespace of the site's name.
+	agentNamespace = "plimsoll-system"
+	clientPod      = "client"
+	// podLimit is how long pods may take to run on a busy host; on a quiet one they take seconds.
+	podLimit = 3 * time.Minute
+)
+
+var backendPods = []string{"backend-0", "backend-1"}
+
+// populate starts the site's proxy and pods, and returns when all run or the proxy has failed and Err says why.
+func (s *site) populate(ctx context.Context) error {
+	if err := os.MkdirAll(s.dir, 0o755); err != nil {
+		return err
+	}
+	if s.spec.ConntrackHooks {
+		if err := clusters.InstallConntrackHooks(ctx, s.ns); err != nil {
+			return err
+		}
+	}
+	if err := s.apply(ctx); err != nil {
+		return err
+	}
+	var err error
+	if s.client, err = s.enterPod(ctx, clientPod); err != nil {
+		return err
+	}
+	for _, name := range backendPods {
+		b, err := s.enterPod(ctx, name)
+		if err != nil {
+			return err
+		}
+		s.backends = append(s.backends, b)
+	}
+	if err := s.writeIPTables(); err != nil {
+		return err
+	}
+	if s.spec.KubeProxy == "" && !s.spec.Agent {
+		// Nothing carries Services here, so CoreDNS would never be ready, and try again for ever.
+		return s.scaleDNS(ctx, 0)
+	}
+	if err := s.enterProxy(ctx); err != nil {
+		if ctx.Err() != nil {
+			return err
+		}
+		s.err = err
+		return nil
+	}
+	return s.awaitDNS(ctx)
+}
+
+//go:embed pods.yaml
+var podsManifest string
+
+//go:embed agent.yaml
+var agentManifest string
+
+// apply creates the site's pods, by the node's own kubectl.
+func (s *site) apply(ctx context.Context) error {
+	values := struct {
+		Namespace, AgentNamespace, Image, Node, APIServer, Cgroup, Wait, MinSyncPeriod string
+
+		Pods []struct{ Name, App string }
+	}{
+		Namespace: s.spec.Name, AgentNamespace: agentNamespace, Image: s.cluster.world.pods, Node: s.name, APIServer: s.cluster.control.name, Wait: WaitCommand,
+		Pods: []struct{ Name, App string }{{clientPod, "client"}},
+	}
+	for _, name := range backendPods {
+		values.Pods = append(values.Pods, struct{ Name, App string }{name, "backend"})
+	}
+	var err error
+	if values.Cgroup, err = clusters.Cgroup2MountOf(s.pid); err != nil {
+		return err
+	}
+	if p := s.spec.MinSyncPeriod; p != nil {
+		values.MinSyncPeriod = p.String()
+	}
+	manifests := podsManifest
+	if s.spec.Agent {
+		manifests += "---\n" + agentManifest
+	}
+	t, err := template.New("").Parse(manifests)
+	if err != nil {
+		return err
+	}
+	var text, said bytes.Buffer
+	if err := t.Execute(&text, values); err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(s.dir, "manifests.yaml"), text.Bytes(), 0o644); err != nil {
+		return err
+	}
+	cmd := s.cluster.control.kind.CommandContext(ctx, "kubectl", "--kubeconfig=/etc/kubernetes/admin.conf", "apply", "-f", "-")
+	if err := cmd.SetStdin(&text).SetStderr(&said).Run(); err != nil {
+		return fmt.Errorf("create the pods: %w: %s", err, lastLine(said.Bytes()))
+	}
+	return nil
+}
+
+// enterPod waits until a pod runs and takes hold of its namespaces and its cgroup.
+func (s *site) enterPod(ctx context.Context, name string) (*pod, error) {
+	object, err := s.awaitPod(ctx, s.spec.Name, metav1.ListOptions{FieldSelector: "metadata.name=" + name})
+	if err != nil {
+		return nil, err
+	}
+	p := &pod{site: s, name: name}
+	return p, p.enter(object)
+}
+
+// enterProxy waits until the worker's kube-proxy or agent is ready.
+func (s *site) enterProxy(ctx context.Context) error {
+	namespace, label := "kube-system", "k8s-app=kube-proxy"
+	if s.spec.Agent {
+		namespace, label = agentNamespace, "app=plimsoll-agent"
+	}
+	object, err := s.awaitPod(ctx, namespace, metav1.ListOptions{LabelSelector: label, FieldSelector: "spec.nodeName=" + s.name})
+	if err != nil {
+		return err
+	}
+	_, s.proxy, err = container(object)
+	return err
+}
+
+// awaitPod returns the one pod that the options select once it is ready. An error says what its container said last.
+func (s *site) awaitPod(ctx context.Context, namespace string, options metav1.ListOptions) (*corev1.Pod, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, podLimit, fmt.Errorf("not within %v", podLimit))
+	defer cancel()
+	what := strings.Trim(options.LabelSelector+","+options.FieldSelector, ",")
+	var last *corev1.Pod
+	err := host.Poll(ctx, "pod "+what+" to be ready", func() (bool, error) {
+		list, err := s.cluster.client.CoreV1().Pods(namespace).List(ctx, options)
+		if err != nil || len(list.Items) == 0 {
+			return false, err
+		}
+		last = &list.Items[0]
+		for _, c := range last.Status.Conditions {
+			if c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue {
+				return true, nil
+			}
+		}
+		// One that has been started again and again is not going to be.
+		if states := last.Status.ContainerStatuses; len(states) > 0 && states[0].RestartCount >= 3 {
+			cancel()
+		}
+		return false, nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%w%s", err, s.lastWords(context.WithoutCancel(ctx), last))
+	}
+	return last, nil
+}
+
+// lastWords quotes the end of a pod's log, or what keeps it from running.
+func (s *site) lastWords(ctx context.Context, p *corev1.Pod) string {
+	if p == nil {
+		return ""
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	lines := int64(1)
+	for _, previous := range []bool{true, false} {
+		out, err := s.cluster.client.CoreV1().Pods(p.Namespace).GetLogs(p.Name, &corev1.PodLogOptions{TailLines: &lines, Previous: previous}).DoRaw(ctx)
+		if err == nil && len(out) > 0 {
+			return fmt.Sprintf("; %s says: %s", p.Name, strings.TrimSpace(string(out)))
+		}
+	}
+	for _, c := range p.Status.ContainerStatuses {
+		if w := c.State.Waiting; w != nil {
+			return fmt.Sprintf("; %s waits: %s %s", p.Name, w.Reason, w.Message)
+		}
+	}
+	for _, c := range p.Status.Conditions {
+		if c.Status == corev1.ConditionFalse && c.Message != "" {
+			return fmt.Sprintf("; %s: %s", p.Name, c.Message)
+		}
+	}
+	return ""
+}
+
+// writeIPTables makes a command that runs the node's own iptables in the node.
+func (s *site) writeIPTables() error {
+	if s.spec.IPTables == "" {
+		return nil
+	}
+	s.iptables = filepath.Join(s.dir, "iptables")
+	script := fmt.Sprintf("#!/bin/sh\nexec nsenter --target %d --net --mount -- xtables-%s-multi iptables \"$@\"\n", s.pid, s.spec.IPTables)
+	return os.WriteFile(s.iptables, []byte(script), 0o755)
+}
+
+// scaleDNS sets the number of CoreDNS's pods.
+func (s *site) scaleDNS(ctx context.Context, n int) error {
+	patch := fmt.Appendf(nil, `{"spec":{"replicas":%d}}`, n)
+	_, err := s.cluster.client.AppsV1().Deployments("kube-system").Patch(ctx, "coredns", types.MergePatchType, patch, metav1.PatchOptions{})
+	return err
+}
+
+// awaitDNS returns when CoreDNS is ready: the proxy carries Services, and those that every cluster has have their endpoints.
+func (s *site) awaitDNS(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, podLimit, fmt.Errorf("not within %v", podLimit))
+	defer cancel()
+	return host.Poll(ctx, "CoreDNS to be ready", func() (bool, error) {
+		d, err := s.cluster.client.AppsV1().Deployments("kube-system").Get(ctx, "coredns", metav1.GetOptions{})
+		if err != nil {
+			return false, err
+		}
+		return d.Spec.Replicas != nil && d.Status.ReadyReplicas == *d.Spec.Replicas, nil
+	})
+}
+
+func (s *site) Spec() clusters.ProxySpec   { return s.spec }
+func (s *site) Enter(f func() error) error { return s.ns.Do(f) }
+func (s *site) IPTables() string           { return s.iptables }
+func (s *site) Client() clusters.Pod       { return s.client }
+
+func (s *site) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	return s.ns.DialContext(ctx, network, address)
+}
+
+func (s *site) Backends() []clusters.Pod {
+	pods := make([]clusters.Pod, len(s.backends))
+	for i, b := range s.backends {
+		pods[i] = b
+	}
+	return pods
+}
+
+// EndpointPrefixes are the backend pods' own addresses: a real pod has one.
+func (s *site) EndpointPrefixes() []netip.Prefix {
+	var all []netip.Prefix
+	for _, b := range s.backends {
+		all = append(all, netip.PrefixFrom(b.address, b.address.BitLen()))
+	}
+	return all
+}
+
+func (s *site) ProxyCgroup() string {
+	if s.proxy == nil {
+		return ""
+	}
+	return s.proxy.Dir
+}
+
+// Freeze stops the worker, with all its pods.
+func (s *site) Freeze(ctx context.Context, frozen bool) error { return s.cgroup.Freeze(ctx, frozen) }
+
+// Stop deletes the proxy's daemon set, so that nobody starts it again, and kills its processes.
+func (s *site) Stop(ctx context.Context) error {
+	s.mu.Lock()
+	if s.proxy == nil || s.stopped {
+		s.mu.Unlock()
+		return nil
+	}
+	s.stopped = true
+	s.mu.Unlock()
+	if err := errors.Join(s.cluster.Pause(ctx, false), s.Freeze(ctx, false)); err != nil {
+		return err
+	}
+	namespace, name := "kube-system", "kube-proxy"
+	if s.spec.Agent {
+		namespace, name = agentNamespace, "plimsoll-agent"
+	}
+	if err := s.cluster.client.AppsV1().DaemonSets(namespace).Delete(ctx, name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+		return fmt.Errorf("%s: delete the daemon set %s: %w", s.spec.Name, name, err)
+	}
+	if err := s.proxy.Kill(ctx); err != nil {
+		return fmt.Errorf("%s: end %s: %w", s.spec.Name, name, err)
+	}
+	return nil
+}
+
+func (s *site) Err() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err != nil || s.stopped || s.proxy == nil {
+		return s.err
+	}
+	populated, err := s.proxy.Populated()
+	if err == nil && !populated {
+		err = fmt.Errorf("%s: the proxy's process has ended", s.spec.Name)
+	}
+	s.err = err
+	return err
+}

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package scenarios_test
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+	"k8s.io/client-go/kubernetes"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/clusters/kind"
+	"github.com/plimsoll-bench/plimsoll/clusters/kind/engine"
+	"github.com/plimsoll-bench/plimsoll/dataplane"
+	"github.com/plimsoll-bench/plimsoll/scenarios"
+	"github.com/plimsoll-bench/plimsoll/scenarios/load"
+)
+
+// mustEngine is a container engine with a node image: the one that answers, or one that is started for the test and stopped with
+// it. The test is skipped where there can be none.
+func mustEngine(t *testing.T, program, cache string) engine.Engine {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	if _, err := os.Stat(filepath.Join(cache, kind.OwnImageFile)); err != nil {
+		t.Skipf("needs a node image: make node-image makes it (%v)", err)
+	}
+	e, err := engine.Find(t.Context())
+	if err == nil {
+		return e
+	}
+	if out, err := exec.Command(program, "engine", "start", "--cache", cache).CombinedOutput(); err != nil {
+		t.Skipf("no container engine can be had here: %s", out)
+	}
+	t.Cleanup(func() {
+		if out, err := exec.Command(program, "engine", "stop").CombinedOutput(); err != nil {
+			t.Errorf("stop the engine: %v: %s", err, out)
+		}
+	})
+	if e, err = engine.Find(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return e
+}
+
+// A kind cluster without kube-proxy: a Service with a selector is reached from a pod, from its node and from another node, and again
+// after the node was restarted.
+func TestKindClusterOnEBPF(t *testing.T) {
+	program, err := filepath.Abs("../bin/plimsoll")
+	if err != nil {
+		t.Fatal(err)
+	}
+	home, err := os.UserCacheDir()
+	if err != nil {
+		t.Skip(err)
+	}
+	cache := filepath.Join(home, "plimsoll")
+	e := mustEngine(t, program, cache)
+	mode, err := dataplane.Find("ebpf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := mode.Supported(t.Context()); err != nil {
+		t.Skip(err)
+	}
+	name := fmt.Sprintf("test%d", os.Getpid())
+	made, err := kind.Provider{}.Create(t.Context(), clusters.Plan{
+		Name: name, Dir: t.TempDir(), Program: program, Cache: cache, NodeImage: kind.OwnImage,
+		Sites: []clusters.ProxySpec{mode.Spec(dataplane.Settings{})}, Progress: func(what string) { t.Log(what) },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cluster := made[0]
+	t.Cleanup(func() {
+		if err := cluster.Close(context.Background()); err != nil {
+			t.Error(err)
+		}
+		if out, _ := e.Command(context.Background(), "ps", "--all", "--quiet", "--filter", "name="+name).Output(); len(out) > 0 {
+			t.Errorf("containers are left: %s", out)
+		}
+	})
+	site := cluster.Sites()[0]
+	if err := site.Err(); err != nil {
+		t.Fatal(err)
+	}
+	client, err := kubernetes.NewForConfig(cluster.RESTConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxies, err := client.CoreV1().Pods("").List(t.Context(), metav1.ListOptions{LabelSelector: "k8s-app=kube-proxy"})
+	if err != nil || len(proxies.Items) > 0 {
+		t.Fatalf("kube-proxy runs: %v, %v", proxies.Items, err)
+	}
+
+	worker, control := "plimsoll-"+name+"-ebpf-worker", "plimsoll-"+name+"-ebpf-control-plane"
+	image := "localhost/plimsoll:" + name
+	address := mustServeName(t, client, worker, image)
+	p, err := site.Client().Start(t.Context(), scenarios.ClientCommand)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pod := load.NewDriver(p.Stdin(), p.Stdout())
+	reply, err := pod.Do(t.Context(), load.Request{Kind: load.Identify, Addresses: []netip.AddrPort{address}, Count: 20, Timeout: 2 * time.Second})
+	if err != nil || reply.Answered["web"] != 20 {
+		t.Errorf("from a pod: %v, %v", reply, err)
+	}
+	if err := p.Close(t.Context()); err != nil {
+		t.Error(err)
+	}
+	for _, node := range []string{worker, control} {
+		mustAnswer(t, e, node, address, 20*time.Second)
+	}
+
+	// The engine may give the node another address, and everything in it another process.
+	if out, err := e.Command(t.Context(), "restart", "--time", "5", worker).CombinedOutput(); err != nil {
+		t.Fatalf("restart the node: %v: %s", err, out)
+	}
+	for _, node := range []string{control, worker} {
+		mustAnswer(t, e, node, address, 3*time.Minute)
+	}
+}
+
+// mustServeName makes a pod on the node that answers with the name "web", and a Service that selects it, and returns the Service's
+// address.
+func mustServeName(t *testing.T, client kubernetes.Interface, node, image string) netip.AddrPort {
+	t.Helper()
+	const port = 8081
+	labels := map[string]string{"app": "web"}
+	if _, err := client.CoreV1().Pods(metav1.NamespaceDefault).Create(t.Context(), &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Name: "web", Labels: labels},
+		Spec: corev1.PodSpec{
+			NodeName:        node,
+			SecurityContext: &corev1.PodSecurityContext{Sysctls: []corev1.Sysctl{{Name: "net.core.somaxconn", Value: "65535"}}},
+			Containers: []corev1.Container{{
+				Name: "web", Image: image, ImagePullPolicy: corev1.PullNever,
+				// The server ends with its input.
+				Stdin: true, Args: []string{scenarios.ServerCommand, "--identify", fmt.Sprintf("0.0.0.0:%d", port), "--name", "web"},
+			}},
+		},
+	}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	s, err := client.CoreV1().Services(metav1.NamespaceDefault).Create(t.Context(), &corev1.Service{
+		ObjectMeta: metav1.ObjectMeta{Name: "web"},
+		Spec:       corev1.ServiceSpec{Selector: labels, Ports: []corev1.ServicePort{{Port: 80, TargetPort: intstr.FromInt32(port)}}},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := netip.MustParseAddr(s.Spec.ClusterIP)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	w, err := client.CoreV1().Pods(metav1.NamespaceDefault).Watch(ctx, metav1.ListOptions{FieldSelector: "metadata.name=web"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Stop()
+	for event := range w.ResultChan() {
+		if p, ok := event.Object.(*corev1.Pod); ok && p.Status.Phase == corev1.PodRunning {
+			return netip.AddrPortFrom(address, 80)
+		}
+	}
+	t.Fatal("the pod does not run")
+	return netip.AddrPort{}
+}
+
+// mustAnswer connects from a process of a node until the Service answers.
+func mustAnswer(t *testing.T, e engine.Engine, node string, address netip.AddrPort, limit time.Duration) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	defer cancel()
+	script := fmt.Sprintf("exec 3<>/dev/tcp/%s/%d && read -r -t 2 name <&3 && echo $name", address.Addr(), address.Port())
+	tick := time.NewTicker(200 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		out, err := e.Command(ctx, "exec", node, "timeout", "3", "bash", "-c", script).CombinedOutput()
+		if err == nil && strings.TrimSpace(string(out)) == "web" {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			t.Errorf("%s does not reach the Service within %v: %v: %s", node, limit, err, out)
+			return
+		case <-tick.C:
+		}
+	}
+}
