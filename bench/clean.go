@@ -11,6 +11,7 @@ import (
 
 	"github.com/plimsoll-bench/plimsoll/clusters/host"
 	"github.com/plimsoll-bench/plimsoll/clusters/kind"
+	"github.com/plimsoll-bench/plimsoll/clusters/kind/engine"
 )
 
 func newCleanCommand() *cobra.Command {
@@ -25,7 +26,16 @@ func newCleanCommand() *cobra.Command {
 				return errors.New("what runs leave belongs to root: run it as root (sudo plimsoll clean)")
 			}
 			found := false
-			err := host.Clean(cmd.Context(), kind.Remove, func(line string) {
+			// Before what runs left in it, which goes along.
+			left, err := engine.Clean(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if left {
+				found = true
+				fmt.Fprintln(cmd.OutOrStdout(), "engine: removed")
+			}
+			err = host.Clean(cmd.Context(), kind.Remove, func(line string) {
 				found = true
 				fmt.Fprintln(cmd.OutOrStdout(), line)
 			})

@@ -270,10 +270,10 @@ func (b *bench) populate(ctx context.Context) error {
 		}
 	}
 	for _, s := range b.sites {
-		if s.ProxyCgroup() == "" {
-			continue
-		}
 		if s.Err() == nil {
+			if s.ProxyCgroup() == "" {
+				continue
+			}
 			var err error
 			if s.base, err = s.awaitBase(ctx); err == nil {
 				continue

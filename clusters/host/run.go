@@ -35,8 +35,15 @@ type state struct {
 	Cgroup string `json:"cgroup"`
 	// Dirs are folders outside the run's own that it made.
 	Dirs []string `json:"dirs"`
-	// Clusters are kind clusters that the run made, by name.
+	// Containers are what the run made in a container engine.
+	Containers Containers `json:"containers,omitzero"`
+}
+
+// Containers are what a run made in a container engine, by name.
+type Containers struct {
 	Clusters []string `json:"clusters,omitempty"`
+	Images   []string `json:"images,omitempty"`
+	Networks []string `json:"networks,omitempty"`
 }
 
 // owner names a process for all time: a pid alone is reused.
@@ -118,12 +125,22 @@ func (r *Run) Memory(name string) (string, error) {
 	return dir, nil
 }
 
-// Cluster records a kind cluster before it exists.
-func (r *Run) Cluster(name string) error {
+// Record notes what is going to be made in a container engine.
+func (r *Run) Record(c Containers) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.state.Clusters = append(r.state.Clusters, name)
+	all := &r.state.Containers
+	all.Clusters = append(all.Clusters, c.Clusters...)
+	all.Images = append(all.Images, c.Images...)
+	all.Networks = append(all.Networks, c.Networks...)
 	return r.save()
+}
+
+// Recorded is all that was noted.
+func (r *Run) Recorded() Containers {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.state.Containers
 }
 
 // HandOver makes process pid the run's owner: the run lives as long as that process, and Remove ends it.
@@ -199,8 +216,8 @@ func (s state) remove(ctx context.Context, file string) error {
 }
 
 // Clean removes what runs left behind whose process is gone, and tells each by report. Runs that are alive are told and
-// left alone. removeCluster deletes a kind cluster by name, before the rest of its run goes.
-func Clean(ctx context.Context, removeCluster func(ctx context.Context, name string) error, report func(string)) error {
+// left alone. remove deletes what a run made in a container engine, before the rest of it goes.
+func Clean(ctx context.Context, remove func(context.Context, Containers) error, report func(string)) error {
 	files, err := filepath.Glob(filepath.Join(StateDir, "*.json"))
 	if err != nil {
 		return err
@@ -219,8 +236,8 @@ func Clean(ctx context.Context, removeCluster func(ctx context.Context, name str
 			report(fmt.Sprintf("%s: running as process %d, left alone", s.Name, s.Owner.PID))
 			continue
 		}
-		for _, name := range s.Clusters {
-			err = errors.Join(err, removeCluster(ctx, name))
+		if len(s.Containers.Clusters)+len(s.Containers.Images)+len(s.Containers.Networks) > 0 {
+			err = remove(ctx, s.Containers)
 		}
 		if err == nil {
 			err = s.remove(ctx, f)

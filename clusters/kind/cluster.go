@@ -72,7 +72,7 @@ func (w *world) create(ctx context.Context, name string, specs []clusters.ProxyS
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return c, err
 	}
-	if err := w.run.Cluster(c.name); err != nil {
+	if err := w.run.Record(host.Containers{Clusters: []string{c.name}}); err != nil {
 		return c, err
 	}
 	for _, spec := range specs {
@@ -121,7 +121,7 @@ func (c *cluster) createNodes(ctx context.Context, config *v1alpha4.Cluster, kub
 	case <-ctx.Done():
 	}
 	for {
-		c.world.kind.Delete(c.name, kubeconfig)
+		deleteCluster(c.world.kind, c.name)
 		select {
 		case <-done:
 			return context.Cause(ctx)
@@ -304,7 +304,10 @@ func (c *cluster) Close(ctx context.Context) error {
 	for _, n := range c.nodes() {
 		errs = append(errs, n.cgroup.Freeze(ctx, false))
 	}
-	errs = append(errs, c.world.kind.Delete(c.name, os.DevNull))
+	for _, s := range c.sites {
+		s.keepLog(ctx)
+	}
+	errs = append(errs, deleteCluster(c.world.kind, c.name))
 	for _, n := range c.nodes() {
 		errs = append(errs, n.ns.Close())
 	}

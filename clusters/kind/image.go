@@ -16,6 +16,7 @@ import (
 	"sigs.k8s.io/kind/pkg/cluster/nodes"
 	"sigs.k8s.io/kind/pkg/cluster/nodeutils"
 
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
 	"github.com/plimsoll-bench/plimsoll/clusters/kind/engine"
 )
 
@@ -135,6 +136,9 @@ func (w *world) buildPodImage(ctx context.Context) error {
 		return err
 	}
 	w.pods = "localhost/plimsoll:" + w.plan.Name
+	if err := w.run.Record(host.Containers{Images: []string{w.pods}}); err != nil {
+		return err
+	}
 	w.report("building the image of the pods")
 	if err := quiet(w.engine.Command(ctx, "build", "--tag", w.pods, dir)); err != nil {
 		return err

@@ -112,6 +112,13 @@ func (Provider) Create(ctx context.Context, plan clusters.Plan) (_ []clusters.Cl
 		}
 		err = errors.Join(err, w.close(context.WithoutCancel(ctx)))
 	}()
+	// A network of the run's own, which goes with it; kind's is for all clusters and stays.
+	network := "plimsoll-" + plan.Name
+	if err = w.run.Record(host.Containers{Networks: []string{network}}); err != nil {
+		return nil, err
+	}
+	os.Setenv("KIND_EXPERIMENTAL_DOCKER_NETWORK", network)
+	os.Setenv("KIND_EXPERIMENTAL_PODMAN_NETWORK", network)
 	if w.image, err = w.nodeImage(ctx); err != nil {
 		return nil, err
 	}
@@ -158,11 +165,11 @@ func newKind(e engine.Engine) (*kindcluster.Provider, error) {
 	return nil, fmt.Errorf("kind does not know the engine %q", e.Kind)
 }
 
-// Remove deletes a cluster that a run left behind, by its name.
-func Remove(ctx context.Context, name string) error {
+// Remove deletes what a run made in the engine that answers. What is gone already is no error.
+func Remove(ctx context.Context, made host.Containers) error {
 	e, err := engine.Find(ctx)
 	if errors.Is(err, engine.ErrNone) {
-		// The containers went with their engine.
+		// Containers and networks went with their engine.
 		return nil
 	}
 	if err != nil {
@@ -173,7 +180,35 @@ func Remove(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	return k.Delete(name, os.DevNull)
+	return remove(ctx, e, k, made)
+}
+
+// deleteCluster has kind delete a cluster. kind also wants to take it out of a kubeconfig, and gets an empty one: the run's stays as
+// it is, and the user's never knew it.
+func deleteCluster(k *kindcluster.Provider, name string) error {
+	dir, err := os.MkdirTemp("", "plimsoll-")
+	if err != nil {
+		return err
+	}
+	return errors.Join(explain(k.Delete(name, filepath.Join(dir, "kubeconfig"))), os.RemoveAll(dir))
+}
+
+func remove(ctx context.Context, e engine.Engine, k *kindcluster.Provider, made host.Containers) error {
+	var errs []error
+	for _, name := range made.Clusters {
+		errs = append(errs, deleteCluster(k, name))
+	}
+	for _, name := range made.Images {
+		if quiet(e.Command(ctx, "image", "inspect", name)) == nil {
+			errs = append(errs, quiet(e.Command(ctx, "rmi", "--force", name)))
+		}
+	}
+	for _, name := range made.Networks {
+		if quiet(e.Command(ctx, "network", "inspect", name)) == nil {
+			errs = append(errs, quiet(e.Command(ctx, "network", "rm", name)))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // groups are the sites of each cluster: those with a proxy have one to themselves, those without share the first.
@@ -207,13 +242,9 @@ func (w *world) howToEnter() string {
 	return strings.Join(lines, "\n")
 }
 
-// close removes what the clusters shared.
+// close removes all that the run made in the engine, and its hold on the host.
 func (w *world) close(ctx context.Context) error {
-	var errs []error
-	if w.pods != "" {
-		errs = append(errs, quiet(w.engine.Command(ctx, "rmi", "--force", w.pods)))
-	}
-	return errors.Join(append(errs, w.run.Close(ctx))...)
+	return errors.Join(remove(ctx, w.engine, w.kind, w.run.Recorded()), w.run.Close(ctx))
 }
 
 // serviceRange is kind's default, and endpoint addresses are the pods' own.

@@ -8,6 +8,7 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -35,7 +36,8 @@ type site struct {
 	client   *pod
 	backends []*pod
 	iptables string
-	// proxy is the cgroup of the proxy's processes; nil without a proxy.
+	// pod is the proxy's, and proxy the cgroup of its processes; nil without a proxy.
+	pod   *corev1.Pod
 	proxy *host.Cgroup
 
 	mu      sync.Mutex // guards what follows
@@ -102,14 +104,21 @@ var podsManifest string
 //go:embed agent.yaml
 var agentManifest string
 
-// apply creates the site's pods, by the node's own kubectl.
-func (s *site) apply(ctx context.Context) error {
-	values := struct {
-		Namespace, AgentNamespace, Image, Node, APIServer, Cgroup, Wait, MinSyncPeriod string
+// manifestValues are what the manifests' templates want to know.
+type manifestValues struct {
+	// Namespace is that of the pods of Pods, which run on Node; AgentNamespace the agent's.
+	Namespace, AgentNamespace, Image, Node string
+	// APIServer is the control plane's name; Cgroup where a node sees its cgroup2; Wait what pods run until something is started in
+	// them; MinSyncPeriod empty for the agent's own default.
+	APIServer, Cgroup, Wait, MinSyncPeriod string
 
-		Pods []struct{ Name, App string }
-	}{
-		Namespace: s.spec.Name, AgentNamespace: agentNamespace, Image: s.cluster.world.pods, Node: s.name, APIServer: s.cluster.control.name, Wait: WaitCommand,
+	Pods []struct{ Name, App string }
+}
+
+// manifests are the objects that a site wants of its cluster, as YAML.
+func (s *site) manifests() ([]byte, error) {
+	values := manifestValues{
+		Namespace: s.spec.Name, AgentNamespace: agentNamespace, Image: s.cluster.world.pods, Node: s.name, APIServer: s.cluster.controlName(), Wait: WaitCommand,
 		Pods: []struct{ Name, App string }{{clientPod, "client"}},
 	}
 	for _, name := range backendPods {
@@ -117,28 +126,36 @@ func (s *site) apply(ctx context.Context) error {
 	}
 	var err error
 	if values.Cgroup, err = clusters.Cgroup2MountOf(s.pid); err != nil {
-		return err
+		return nil, err
 	}
 	if p := s.spec.MinSyncPeriod; p != nil {
 		values.MinSyncPeriod = p.String()
 	}
-	manifests := podsManifest
+	text := podsManifest
 	if s.spec.Agent {
-		manifests += "---\n" + agentManifest
+		text += "---\n" + agentManifest
 	}
-	t, err := template.New("").Parse(manifests)
+	t, err := template.New("").Parse(text)
+	if err != nil {
+		return nil, err
+	}
+	var b bytes.Buffer
+	err = t.Execute(&b, values)
+	return b.Bytes(), err
+}
+
+// apply creates the site's objects, by the control plane's own kubectl.
+func (s *site) apply(ctx context.Context) error {
+	text, err := s.manifests()
 	if err != nil {
 		return err
 	}
-	var text, said bytes.Buffer
-	if err := t.Execute(&text, values); err != nil {
+	if err := os.WriteFile(filepath.Join(s.dir, "manifests.yaml"), text, 0o644); err != nil {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(s.dir, "manifests.yaml"), text.Bytes(), 0o644); err != nil {
-		return err
-	}
+	var said bytes.Buffer
 	cmd := s.cluster.control.kind.CommandContext(ctx, "kubectl", "--kubeconfig=/etc/kubernetes/admin.conf", "apply", "-f", "-")
-	if err := cmd.SetStdin(&text).SetStderr(&said).Run(); err != nil {
+	if err := cmd.SetStdin(bytes.NewReader(text)).SetStderr(&said).Run(); err != nil {
 		return fmt.Errorf("create the pods: %w: %s", err, lastLine(said.Bytes()))
 	}
 	return nil
@@ -164,6 +181,7 @@ func (s *site) enterProxy(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	s.pod = object
 	_, s.proxy, err = container(object)
 	return err
 }
@@ -195,6 +213,25 @@ func (s *site) awaitPod(ctx context.Context, namespace string, options metav1.Li
 		return nil, fmt.Errorf("%w%s", err, s.lastWords(context.WithoutCancel(ctx), last))
 	}
 	return last, nil
+}
+
+// logLimit is how long a cluster that was thawed to be removed may take to hand out its proxy's log.
+const logLimit = 10 * time.Second
+
+// keepLog writes the proxy's log into the site's folder, where it can be had: a cluster is removed without it too.
+func (s *site) keepLog(ctx context.Context) {
+	if s.pod == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, logLimit)
+	defer cancel()
+	host.Poll(ctx, "the proxy's log", func() (bool, error) {
+		b, err := s.cluster.client.CoreV1().Pods(s.pod.Namespace).GetLogs(s.pod.Name, &corev1.PodLogOptions{}).DoRaw(ctx)
+		if err != nil {
+			return false, err
+		}
+		return true, os.WriteFile(filepath.Join(s.dir, "proxy.log"), b, 0o644)
+	})
 }
 
 // lastWords quotes the end of a pod's log, or what keeps it from running.
@@ -322,8 +359,8 @@ func (s *site) Err() error {
 		return s.err
 	}
 	populated, err := s.proxy.Populated()
-	if err == nil && !populated {
-		err = fmt.Errorf("%s: the proxy's process has ended", s.spec.Name)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && !populated {
+		err = fmt.Errorf("%s: the proxy's container has ended", s.spec.Name)
 	}
 	s.err = err
 	return err

@@ -18,6 +18,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/plimsoll-bench/plimsoll/clusters"
 	"github.com/plimsoll-bench/plimsoll/clusters/host"
 )
 
@@ -190,11 +191,27 @@ func Stop(ctx context.Context) error {
 		defer cancel()
 		own().Command(orderly, "rm", "--all", "--force", "--volumes", "--time", "0").Run()
 	}
-	return errors.Join(host.Remove(ctx, Name), os.RemoveAll(commandDir()), removeCgroups(ctx))
+	return errors.Join(removeContainers(ctx), host.Remove(ctx, Name), os.RemoveAll(commandDir()))
 }
 
-// removeCgroups removes the folders that podman leaves in the hierarchies of cgroup v1, once nobody is in them any longer.
-func removeCgroups(ctx context.Context) error {
+// Clean removes what an engine left whose own process was killed, and says whether there was something.
+func Clean(ctx context.Context) (bool, error) {
+	if _, err := os.Stat(commandDir()); err != nil || running() {
+		return false, nil
+	}
+	return true, Stop(ctx)
+}
+
+// removeContainers kills what still runs in containers, and removes the folders that podman leaves in the hierarchies of cgroup v1.
+// No other podman's are there: Start is refused where one answers.
+func removeContainers(ctx context.Context) error {
+	root, err := clusters.Cgroup2Mount()
+	if err != nil {
+		return err
+	}
+	if err := (&host.Cgroup{Dir: filepath.Join(root, cgroupParent)}).Remove(ctx); err != nil {
+		return err
+	}
 	parents, err := filepath.Glob("/sys/fs/cgroup/*/" + cgroupParent)
 	if err != nil {
 		return err

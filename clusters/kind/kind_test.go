@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package kind
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/util/yaml"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
+)
+
+var period = 10 * time.Millisecond
+
+var specs = []clusters.ProxySpec{
+	{Name: "iptables", KubeProxy: "iptables", IPTables: "nft", MinSyncPeriod: &period},
+	{Name: "direct"},
+	{Name: "ebpf", Agent: true, MinSyncPeriod: &period},
+	{Name: "direct-conntrack", ConntrackHooks: true},
+}
+
+func testWorld() *world {
+	return &world{plan: clusters.Plan{Name: "t", Sites: specs}, image: OwnImage + ":v1", pods: "localhost/plimsoll:t"}
+}
+
+func TestSitesWithoutAProxyShareACluster(t *testing.T) {
+	var got []string
+	w := testWorld()
+	for _, group := range w.groups() {
+		var names []string
+		for _, s := range group {
+			names = append(names, s.Name)
+		}
+		got = append(got, w.clusterName(group)+": "+strings.Join(names, " "))
+	}
+	want := []string{"plimsoll-t-direct: direct direct-conntrack", "plimsoll-t-iptables: iptables", "plimsoll-t-ebpf: ebpf"}
+	if !slices.Equal(got, want) {
+		t.Errorf("clusters are %q, want %q", got, want)
+	}
+}
+
+func TestConfigOfAMode(t *testing.T) {
+	w := testWorld()
+	for _, test := range []struct {
+		group   []clusters.ProxySpec
+		mode    string
+		workers int
+		period  bool
+	}{
+		{specs[:1], "iptables", 1, true},
+		{[]clusters.ProxySpec{specs[1], specs[3]}, "none", 2, false},
+		{specs[2:3], "none", 1, false},
+	} {
+		config, err := w.config("c", test.group)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if string(config.Networking.KubeProxyMode) != test.mode {
+			t.Errorf("%s: kube-proxy's mode is %q, want %q", test.group[0].Name, config.Networking.KubeProxyMode, test.mode)
+		}
+		if len(config.Nodes) != test.workers+1 {
+			t.Errorf("%s: %d nodes, want a control plane and %d workers", test.group[0].Name, len(config.Nodes), test.workers)
+		}
+		patches := strings.Join(config.KubeadmConfigPatches, "")
+		if strings.Contains(patches, "minSyncPeriod: 10ms") != test.period {
+			t.Errorf("%s: patches are %s", test.group[0].Name, patches)
+		}
+	}
+}
+
+// What the templates make are objects that the API server would read.
+func TestManifestsAreObjects(t *testing.T) {
+	w := testWorld()
+	c := &cluster{world: w, name: "c"}
+	for _, spec := range specs {
+		s := &site{cluster: c, spec: spec, node: &node{name: "c-worker", pid: os.Getpid()}}
+		text, err := s.manifests()
+		if errors.Is(err, clusters.ErrNotSupported) {
+			t.Skip(err)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		kinds := map[string]int{}
+		decoder := yaml.NewYAMLOrJSONDecoder(bytes.NewReader(text), 4096)
+		for {
+			var object unstructured.Unstructured
+			if err := decoder.Decode(&object.Object); errors.Is(err, io.EOF) {
+				break
+			} else if err != nil {
+				t.Fatalf("%s: %v\n%s", spec.Name, err, text)
+			}
+			if object.Object == nil {
+				continue // comments alone
+			}
+			if object.GetName() == "" || object.GetAPIVersion() == "" {
+				t.Errorf("%s: an object without a name or a version: %v", spec.Name, object.Object)
+			}
+			kinds[object.GetKind()]++
+		}
+		if kinds["Pod"] != 3 || (kinds["DaemonSet"] == 1) != spec.Agent {
+			t.Errorf("%s: objects are %v", spec.Name, kinds)
+		}
+	}
+}
+
+func TestSupportsSaysWhatKindCannot(t *testing.T) {
+	if err := (Provider{}).Supports(clusters.ProxySpec{KubeProxy: "iptables", IPTables: "legacy"}); !errors.Is(err, clusters.ErrNotSupported) {
+		t.Errorf("the legacy backend: %v", err)
+	}
+	for _, s := range specs {
+		if err := (Provider{}).Supports(s); err != nil {
+			t.Errorf("%s: %v", s.Name, err)
+		}
+	}
+}
+
+func TestEnoughSaysWhatIsWanting(t *testing.T) {
+	if err := enough(1, 0); err != nil {
+		t.Skipf("this host is too small for one node: %v", err)
+	}
+	err := enough(1_000_000, 0)
+	if err == nil || !strings.Contains(err.Error(), "name fewer --modes") || strings.Contains(err.Error(), "\n") {
+		t.Errorf("a million nodes: %v", err)
+	}
+}
