@@ -41,10 +41,13 @@ func (w *world) nodeImage(ctx context.Context) (string, error) {
 }
 
 // Available says why no kind cluster can be made here, in one line; nil when a container engine answers and has or can get the node
-// image, which may take it a while. nodeImage and cache are a plan's.
+// image, which may take it a while, and the host has room for the default modes. nodeImage and cache are a plan's.
 func Available(ctx context.Context, nodeImage, cache string) error {
 	e, err := engine.Find(ctx)
 	if err != nil {
+		return err
+	}
+	if err := enough(DefaultNodes, defaultProxies); err != nil {
 		return err
 	}
 	if nodeImage == "" && !e.Own {
@@ -102,7 +105,20 @@ func loadOwnImage(ctx context.Context, e engine.Engine, cache, wanted string, re
 	if wanted != "" && wanted != OwnImage && name != wanted {
 		return "", fmt.Errorf("the cache holds %s, not %s: make node-image", name, wanted)
 	}
-	return name, quiet(e.Command(ctx, "tag", name, stamp))
+	return name, errors.Join(removeStamped(ctx, e), quiet(e.Command(ctx, "tag", name, stamp)))
+}
+
+// removeStamped removes what the engine holds of earlier archives.
+func removeStamped(ctx context.Context, e engine.Engine) error {
+	out, err := e.Command(ctx, "images", "--format", "{{.Repository}}:{{.Tag}}", "--filter", "reference="+OwnImage+"-stamp").Output()
+	if err != nil {
+		return fmt.Errorf("list images: %w", err)
+	}
+	// By name: an archive that was made again may hold the same image.
+	if names := strings.Fields(string(out)); len(names) > 0 {
+		return quiet(e.Command(ctx, append([]string{"rmi"}, names...)...))
+	}
+	return nil
 }
 
 // imageOf is the name that the image behind a stamp has.

@@ -112,13 +112,9 @@ func (Provider) Create(ctx context.Context, plan clusters.Plan) (_ []clusters.Cl
 		}
 		err = errors.Join(err, w.close(context.WithoutCancel(ctx)))
 	}()
-	// A network of the run's own, which goes with it; kind's is for all clusters and stays.
-	network := "plimsoll-" + plan.Name
-	if err = w.run.Record(host.Containers{Networks: []string{network}}); err != nil {
+	if err = w.makeNetwork(ctx); err != nil {
 		return nil, err
 	}
-	os.Setenv("KIND_EXPERIMENTAL_DOCKER_NETWORK", network)
-	os.Setenv("KIND_EXPERIMENTAL_PODMAN_NETWORK", network)
 	if w.image, err = w.nodeImage(ctx); err != nil {
 		return nil, err
 	}
@@ -146,6 +142,18 @@ func (Provider) Create(ctx context.Context, plan clusters.Plan) (_ []clusters.Cl
 	// The last cluster that is closed takes along what all share.
 	made[len(made)-1].last = true
 	return list, nil
+}
+
+// makeNetwork makes a network of the run's own for the nodes, which goes with it; kind's is for all clusters and stays. kind would make
+// it too, but its clusters would get in each other's way.
+func (w *world) makeNetwork(ctx context.Context) error {
+	name := "plimsoll-" + w.plan.Name
+	if err := w.run.Record(host.Containers{Networks: []string{name}}); err != nil {
+		return err
+	}
+	os.Setenv("KIND_EXPERIMENTAL_DOCKER_NETWORK", name)
+	os.Setenv("KIND_EXPERIMENTAL_PODMAN_NETWORK", name)
+	return quiet(w.engine.Command(ctx, "network", "create", "--driver", "bridge", name))
 }
 
 // use makes kind, which runs the engine's command by its name, find it.

@@ -21,6 +21,9 @@ import (
 // ebpf, and their four control planes.
 const DefaultNodes = 10
 
+// defaultProxies is on how many of them kube-proxy runs.
+const defaultProxies = 4
+
 // What a node takes, measured on one of our own image with an empty cluster.
 const (
 	nodeMemory  = 400 << 20 // bytes
