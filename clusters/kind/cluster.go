@@ -130,12 +130,18 @@ func (c *cluster) createNodes(ctx context.Context, config *v1alpha4.Cluster, kub
 	}
 }
 
-// explain adds the end of what a command of kind's said.
+// explain adds the end of what a command of kind's said, and says what to do where the engine does not start a node.
 func explain(err error) error {
-	if failed := exec.RunErrorForError(err); failed != nil {
-		return fmt.Errorf("%w: %s", err, lastLine(failed.Output))
+	failed := exec.RunErrorForError(err)
+	if failed == nil {
+		return err
 	}
-	return err
+	said := lastLine(failed.Output)
+	if len(failed.Command) > 1 && failed.Command[1] == "run" {
+		// The command's line has some thirty words, and nobody would run it by hand.
+		return fmt.Errorf("the engine does not start a node, which is a privileged container: run the engine as root with all of root's rights, or take --provider lab (%s: %s)", failed.Command[0], said)
+	}
+	return fmt.Errorf("%w: %s", err, said)
 }
 
 // enter finds the processes of the nodes and takes hold of their namespaces and cgroups.

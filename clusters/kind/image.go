@@ -182,8 +182,11 @@ func quiet(cmd *exec.Cmd) error {
 	return nil
 }
 
-// lastLine is the last line of a command's output.
+// lastLine is the last line of a command's output that is not advice to read its manual.
 func lastLine(out []byte) string {
 	lines := strings.Split(strings.TrimSpace(string(out)), "\n")
+	for len(lines) > 1 && (lines[len(lines)-1] == "" || strings.Contains(lines[len(lines)-1], "--help")) {
+		lines = lines[:len(lines)-1]
+	}
 	return lines[len(lines)-1]
 }

@@ -14,6 +14,7 @@ import (
 
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/util/yaml"
+	"sigs.k8s.io/kind/pkg/exec"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
 )
@@ -130,5 +131,27 @@ func TestEnoughSaysWhatIsWanting(t *testing.T) {
 	err := enough(1_000_000, 0)
 	if err == nil || !strings.Contains(err.Error(), "name fewer --modes") || strings.Contains(err.Error(), "\n") {
 		t.Errorf("a million nodes: %v", err)
+	}
+}
+
+func TestExplainSaysWhatToDoAboutAnEngineWithoutRights(t *testing.T) {
+	docker := &exec.RunError{
+		Command: []string{"docker", "run", "--name", "c-control-plane", "--privileged", "image"},
+		Output:  []byte("docker: Error response from daemon: unable to apply caps: operation not permitted.\n\nRun 'docker run --help' for more information\n"),
+		Inner:   errors.New("exit status 126"),
+	}
+	kubeadm := &exec.RunError{Command: []string{"docker", "exec", "c-control-plane", "kubeadm", "init"}, Output: []byte("[init] …\nerror: timed out\n"), Inner: errors.New("exit status 1")}
+	for _, test := range []struct {
+		err       error
+		has, lack string
+	}{
+		{docker, "--provider lab (docker: docker: Error response from daemon: unable to apply caps: operation not permitted.)", "--privileged"},
+		{kubeadm, "failed with error: exit status 1: error: timed out", "--provider lab"},
+		{errors.New("node(s) already exist"), "node(s) already exist", "--provider lab"},
+	} {
+		got := explain(test.err).Error()
+		if !strings.Contains(got, test.has) || strings.Contains(got, test.lack) || strings.Contains(got, "\n") {
+			t.Errorf("%v is explained as %q", test.err, got)
+		}
 	}
 }
