@@ -9,6 +9,7 @@ package main
 import (
 	"archive/tar"
 	"bytes"
+	"compress/gzip"
 	"errors"
 	"flag"
 	"fmt"
@@ -25,6 +26,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"golang.org/x/sync/errgroup"
 )
 
 func main() {
@@ -40,13 +42,23 @@ func run(out string, images []string) error {
 	if out == "" || len(images) == 0 {
 		return errors.New("usage: pack -out FILE IMAGE…")
 	}
+	refs, made := make([]name.Reference, len(images)), make([]v1.Image, len(images))
+	var g errgroup.Group
+	g.SetLimit(runtime.NumCPU())
+	for i, words := range images {
+		g.Go(func() (err error) {
+			if refs[i], made[i], err = parse(words); err != nil {
+				return fmt.Errorf("image %s: %w", words, err)
+			}
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
 	all := map[name.Reference]v1.Image{}
-	for _, words := range images {
-		ref, image, err := parse(words)
-		if err != nil {
-			return fmt.Errorf("image %s: %w", words, err)
-		}
-		all[ref] = image
+	for i, ref := range refs {
+		all[ref] = made[i]
 	}
 	f, err := os.Create(out + ".new")
 	if err != nil {
@@ -99,7 +111,7 @@ func parse(words string) (name.Reference, v1.Image, error) {
 	}
 	if len(made) > 0 {
 		l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(files.Bytes())), nil },
-			tarball.WithCompressionLevel(1))
+			tarball.WithCompressionLevel(gzip.BestSpeed), tarball.WithCompressedCaching) // else it is compressed for its digest and once more to be written
 		if err != nil {
 			return nil, nil, err
 		}
