@@ -31,12 +31,17 @@ func (c *Cgroup) Child(name string) (*Cgroup, error) {
 	return NewCgroup(filepath.Join(c.Dir, name))
 }
 
-// Kill ends every process below c at once (cgroup.kill, Linux 5.14 or newer) and returns when the kernel counts none.
+// Kill ends every process below c at once (cgroup.kill, Linux 5.14 or newer) and returns when the kernel counts none. A folder that
+// is gone, or that its owner removes meanwhile, holds none.
 func (c *Cgroup) Kill(ctx context.Context) error {
-	if err := os.WriteFile(filepath.Join(c.Dir, "cgroup.kill"), []byte("1"), 0); err != nil {
+	err := os.WriteFile(filepath.Join(c.Dir, "cgroup.kill"), []byte("1"), 0)
+	if err == nil {
+		err = c.await(ctx, "populated 0")
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("kill cgroup: %w", err)
 	}
-	return c.await(ctx, "populated 0")
+	return nil
 }
 
 // Freeze stops every process below c and returns when the kernel says that it is so, or resumes those whom no folder above keeps
@@ -64,12 +69,15 @@ func (c *Cgroup) Populated() (bool, error) {
 // and a large rule set is one long stay there.
 const SettleLimit = 2 * time.Minute
 
-// await returns when cgroup.events holds the line.
+// await returns when cgroup.events holds the line, or at once when it cannot be read.
 func (c *Cgroup) await(ctx context.Context, line string) error {
-	return Poll(ctx, "cgroup "+c.Dir+" to be "+line, func() (bool, error) {
-		b, err := os.ReadFile(filepath.Join(c.Dir, "cgroup.events"))
-		return strings.Contains("\n"+string(b), "\n"+line+"\n"), err
+	var failed error
+	err := Poll(ctx, "cgroup "+c.Dir+" to be "+line, func() (bool, error) {
+		var b []byte
+		b, failed = os.ReadFile(filepath.Join(c.Dir, "cgroup.events"))
+		return failed != nil || strings.Contains("\n"+string(b), "\n"+line+"\n"), nil
 	})
+	return errors.Join(err, failed)
 }
 
 // Remove kills what runs below c and removes the folders, deepest first. One that is gone already is no error.

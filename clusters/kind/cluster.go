@@ -280,6 +280,15 @@ func (c *cluster) Pause(ctx context.Context, paused bool) error {
 	return c.control.cgroup.Freeze(ctx, paused)
 }
 
+// freeze stops or resumes all of the cluster's nodes, with everything on them.
+func (c *cluster) freeze(ctx context.Context, frozen bool) error {
+	var errs []error
+	for _, n := range c.nodes() {
+		errs = append(errs, n.cgroup.Freeze(ctx, frozen))
+	}
+	return errors.Join(errs...)
+}
+
 // Quiet stops kubelets, container runtimes and whatever else runs on the nodes beside the control plane, proxies and the pods that
 // traffic runs between: together they use more of the machine than a visit may be disturbed by.
 func (c *cluster) Quiet(ctx context.Context, quiet bool) error {
@@ -306,12 +315,13 @@ func (c *cluster) Close(ctx context.Context) error {
 		errs = append(errs, c.etcd.Close())
 	}
 	// The engine cannot end what stands still.
-	errs = append(errs, c.Quiet(ctx, false))
-	for _, n := range c.nodes() {
-		errs = append(errs, n.cgroup.Freeze(ctx, false))
-	}
+	errs = append(errs, c.Quiet(ctx, false), c.freeze(ctx, false))
 	for _, s := range c.sites {
 		s.keepLog(ctx)
+	}
+	// Nothing on a node is worth the ten seconds that its engine would give it to end by itself.
+	for _, n := range c.nodes() {
+		errs = append(errs, n.cgroup.Kill(ctx))
 	}
 	errs = append(errs, deleteCluster(c.world.kind, c.name))
 	for _, n := range c.nodes() {

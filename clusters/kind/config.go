@@ -3,6 +3,8 @@
 package kind
 
 import (
+	"slices"
+
 	"sigs.k8s.io/kind/pkg/apis/config/v1alpha4"
 	"sigs.k8s.io/yaml"
 
@@ -37,6 +39,9 @@ func (w *world) config(name string, specs []clusters.ProxySpec) (*v1alpha4.Clust
 			return nil, err
 		}
 		config.KubeadmConfigPatches = append(config.KubeadmConfigPatches, string(patch))
+	}
+	if spec.KubeProxy == "" {
+		config.KubeadmConfigPatchesJSON6902 = append(slices.Clip(config.KubeadmConfigPatchesJSON6902), laterDNS...)
 	}
 	config.Nodes = []v1alpha4.Node{{Role: v1alpha4.ControlPlaneRole, Image: w.image}}
 	for range specs {
@@ -78,3 +83,10 @@ var quietPatches = []v1alpha4.PatchJSON6902{{
 - {op: add, path: /scheduler/extraArgs, value: {leader-elect: "false"}}
 `,
 }}
+
+// laterDNS leaves CoreDNS out where nothing carries Services yet. One that has found the API server's Service without an answer asks
+// again after up to half a minute.
+var laterDNS = []v1alpha4.PatchJSON6902{
+	{Group: "kubeadm.k8s.io", Version: "v1beta4", Kind: "InitConfiguration", Patch: "- {op: add, path: /skipPhases/-, value: addon/coredns}\n"},
+	{Group: "kubeadm.k8s.io", Version: "v1beta3", Kind: "InitConfiguration", Patch: "- {op: add, path: /skipPhases/-, value: addon/coredns}\n"},
+}

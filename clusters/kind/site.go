@@ -21,7 +21,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
 	"github.com/plimsoll-bench/plimsoll/clusters/host"
@@ -85,8 +84,7 @@ func (s *site) populate(ctx context.Context) error {
 		return err
 	}
 	if s.spec.KubeProxy == "" && !s.spec.Agent {
-		// Nothing carries Services here, so CoreDNS would never be ready, and try again for ever.
-		return s.scaleDNS(ctx, 0)
+		return nil // and no CoreDNS, because nothing carries Services here
 	}
 	if err := s.enterProxy(ctx); err != nil {
 		if ctx.Err() != nil {
@@ -94,6 +92,11 @@ func (s *site) populate(ctx context.Context) error {
 		}
 		s.err = err
 		return nil
+	}
+	if s.spec.Agent {
+		if err := s.installDNS(ctx); err != nil {
+			return err
+		}
 	}
 	return s.awaitDNS(ctx)
 }
@@ -271,11 +274,14 @@ func (s *site) writeIPTables() error {
 	return os.WriteFile(s.iptables, []byte(script), 0o755)
 }
 
-// scaleDNS sets the number of CoreDNS's pods.
-func (s *site) scaleDNS(ctx context.Context, n int) error {
-	patch := fmt.Appendf(nil, `{"spec":{"replicas":%d}}`, n)
-	_, err := s.cluster.client.AppsV1().Deployments("kube-system").Patch(ctx, "coredns", types.MergePatchType, patch, metav1.PatchOptions{})
-	return err
+// installDNS has kubeadm install CoreDNS, which it left out when it made the cluster (laterDNS).
+func (s *site) installDNS(ctx context.Context) error {
+	var said bytes.Buffer
+	cmd := s.cluster.control.kind.CommandContext(ctx, "kubeadm", "init", "phase", "addon", "coredns", "--config=/kind/kubeadm.conf")
+	if err := cmd.SetStderr(&said).Run(); err != nil {
+		return fmt.Errorf("install CoreDNS: %w: %s", err, lastLine(said.Bytes()))
+	}
+	return nil
 }
 
 // awaitDNS returns when CoreDNS is ready: the proxy carries Services, and those that every cluster has have their endpoints.
