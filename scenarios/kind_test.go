@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -21,38 +20,11 @@ import (
 	"github.com/plimsoll-bench/plimsoll/clusters"
 	"github.com/plimsoll-bench/plimsoll/clusters/kind"
 	"github.com/plimsoll-bench/plimsoll/clusters/kind/engine"
+	"github.com/plimsoll-bench/plimsoll/clusters/kind/kindtest"
 	"github.com/plimsoll-bench/plimsoll/dataplane"
 	"github.com/plimsoll-bench/plimsoll/scenarios"
 	"github.com/plimsoll-bench/plimsoll/scenarios/load"
 )
-
-// mustEngine is a container engine with a node image: the one that answers, or one that is started for the test and stopped with
-// it. The test is skipped where there can be none.
-func mustEngine(t *testing.T, program, cache string) engine.Engine {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
-	if _, err := os.Stat(filepath.Join(cache, kind.OwnImageFile)); err != nil {
-		t.Skipf("needs a node image: make node-image makes it (%v)", err)
-	}
-	e, err := engine.Find(t.Context())
-	if err == nil {
-		return e
-	}
-	if out, err := exec.Command(program, "engine", "start", "--cache", cache).CombinedOutput(); err != nil {
-		t.Skipf("no container engine can be had here: %s", out)
-	}
-	t.Cleanup(func() {
-		if out, err := exec.Command(program, "engine", "stop").CombinedOutput(); err != nil {
-			t.Errorf("stop the engine: %v: %s", err, out)
-		}
-	})
-	if e, err = engine.Find(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	return e
-}
 
 // A kind cluster without kube-proxy: a Service with a selector is reached from a pod, from its node and from another node, and again
 // after the node was restarted.
@@ -61,12 +33,7 @@ func TestKindClusterOnEBPF(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	home, err := os.UserCacheDir()
-	if err != nil {
-		t.Skip(err)
-	}
-	cache := filepath.Join(home, "plimsoll")
-	e := mustEngine(t, program, cache)
+	e, cache := kindtest.Engine(t, program)
 	mode, err := dataplane.Find("ebpf")
 	if err != nil {
 		t.Fatal(err)

@@ -197,7 +197,37 @@ func Remove(ctx context.Context, made host.Containers) error {
 	if err != nil {
 		return err
 	}
-	return remove(ctx, e, k, made)
+	return errors.Join(settle(ctx, made), remove(ctx, e, k, made))
+}
+
+// settle waits until the engine has made what a run that was killed had asked for: what comes after everything was removed would stay.
+func settle(ctx context.Context, made host.Containers) error {
+	ctx, cancel := context.WithTimeout(ctx, host.SettleLimit)
+	defer cancel()
+	return host.Poll(ctx, "the engine to end what the run began", func() (bool, error) {
+		files, err := filepath.Glob("/proc/[0-9]*/cmdline")
+		for _, f := range files {
+			// A process that has ended meanwhile makes nothing.
+			if line, err := os.ReadFile(f); err == nil && making(strings.Split(string(line), "\x00"), made) {
+				return false, nil
+			}
+		}
+		return err == nil, err
+	})
+}
+
+// making says whether a command's words have an engine make one of those things.
+func making(words []string, things host.Containers) bool {
+	i := slices.IndexFunc(words, func(w string) bool { return filepath.Base(w) == "docker" || filepath.Base(w) == "podman" })
+	if i < 0 || !slices.ContainsFunc(words[i:], func(w string) bool { return w == "run" || w == "build" || w == "create" }) {
+		return false
+	}
+	for _, name := range slices.Concat(things.Clusters, things.Images, things.Networks) {
+		if slices.ContainsFunc(words[i:], func(w string) bool { return strings.Contains(w, name) }) {
+			return true
+		}
+	}
+	return false
 }
 
 // deleteCluster has kind delete a cluster. kind also wants to take it out of a kubeconfig, and gets an empty one: the run's stays as

@@ -17,6 +17,7 @@ import (
 	"sigs.k8s.io/kind/pkg/exec"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
 )
 
 var period = 10 * time.Millisecond
@@ -152,6 +153,27 @@ func TestExplainSaysWhatToDoAboutAnEngineWithoutRights(t *testing.T) {
 		got := explain(test.err).Error()
 		if !strings.Contains(got, test.has) || strings.Contains(got, test.lack) || strings.Contains(got, "\n") {
 			t.Errorf("%v is explained as %q", test.err, got)
+		}
+	}
+}
+
+func TestMakingKnowsWhatAnEngineIsAskedFor(t *testing.T) {
+	things := host.Containers{Clusters: []string{"plimsoll-t-ebpf"}, Images: []string{"localhost/plimsoll:t"}, Networks: []string{"plimsoll-t"}}
+	for _, test := range []struct {
+		line string
+		want bool
+	}{
+		{"podman run --name plimsoll-t-ebpf-worker --privileged image", true},
+		{"/bin/sh /run/plimsoll/engine/podman run --name plimsoll-t-ebpf-worker image", true},
+		{"/usr/bin/docker build --tag localhost/plimsoll:t /dev/shm/x", true},
+		{"podman network create --driver bridge plimsoll-t", true},
+		{"podman exec plimsoll-t-ebpf-control-plane kubeadm init", false},
+		{"podman run --name other image", false},
+		{"/usr/bin/conmon --name plimsoll-t-ebpf-worker run", false},
+		{"vi docker", false},
+	} {
+		if got := making(strings.Fields(test.line), things); got != test.want {
+			t.Errorf("%s: %v, want %v", test.line, got, test.want)
 		}
 	}
 }
