@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -28,7 +29,7 @@ var readSysctls = []string{
 func describeHost(ctx context.Context, bin string) results.Environment {
 	env := results.Environment{
 		GOOS: runtime.GOOS, GOARCH: runtime.GOARCH, Go: runtime.Version(), NumCPU: runtime.NumCPU(),
-		CPU: cpuModel(), Commit: strings.TrimSuffix(commit, "-dirty"), Dirty: strings.HasSuffix(commit, "-dirty"),
+		CPU: cpuInfo("model name"), Commit: strings.TrimSuffix(commit, "-dirty"), Dirty: strings.HasSuffix(commit, "-dirty"),
 		Versions: map[string]string{"plimsoll": version}, Sysctls: map[string]string{},
 	}
 	var uts unix.Utsname
@@ -52,7 +53,27 @@ func describeHost(ctx context.Context, bin string) results.Environment {
 			env.Sysctls[strings.ReplaceAll(name, "/", ".")] = strings.TrimSpace(string(b))
 		}
 	}
+	env.Extra = describeCPU()
 	return env
+}
+
+// describeCPU is what makes entering the kernel dear or cheap: mitigations of the CPU's weaknesses, and whether its TLB outlives a
+// change of page tables. Without that, page-table isolation empties it at every system call, and each look-up in a large map pays.
+func describeCPU() map[string]string {
+	all := map[string]string{}
+	files, _ := filepath.Glob("/sys/devices/system/cpu/vulnerabilities/*")
+	for _, f := range files {
+		if b, err := os.ReadFile(f); err == nil && strings.HasPrefix(string(b), "Mitigation: ") {
+			all["mitigation of "+filepath.Base(f)] = strings.TrimSpace(strings.TrimPrefix(string(b), "Mitigation: "))
+		}
+	}
+	if flags := strings.Fields(cpuInfo("flags")); len(flags) > 0 {
+		all["TLB with address space numbers (pcid)"] = "no"
+		if slices.Contains(flags, "pcid") {
+			all["TLB with address space numbers (pcid)"] = "yes"
+		}
+	}
+	return all
 }
 
 // firstLine is the first line that a command prints; empty when it fails.
@@ -67,15 +88,15 @@ func firstLine(ctx context.Context, argv []string) string {
 	return strings.TrimSpace(string(line))
 }
 
-// cpuModel is the first "model name" of /proc/cpuinfo, which some architectures do not print.
-func cpuModel() string {
+// cpuInfo is the first value of that name in /proc/cpuinfo; empty where the architecture prints none.
+func cpuInfo(wanted string) string {
 	f, err := os.Open("/proc/cpuinfo")
 	if err != nil {
 		return ""
 	}
 	defer f.Close()
 	for s := bufio.NewScanner(f); s.Scan(); {
-		if name, value, ok := strings.Cut(s.Text(), ":"); ok && strings.TrimSpace(name) == "model name" {
+		if name, value, ok := strings.Cut(s.Text(), ":"); ok && strings.TrimSpace(name) == wanted {
 			return strings.TrimSpace(value)
 		}
 	}
