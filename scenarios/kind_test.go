@@ -79,7 +79,13 @@ func TestKindClusterOnEBPF(t *testing.T) {
 		t.Fatal(err)
 	}
 	pod := load.NewDriver(p.Stdin(), p.Stdout())
-	reply, err := pod.Do(t.Context(), load.Request{Kind: load.Identify, Addresses: []netip.AddrPort{address}, Count: 20, Timeout: 2 * time.Second})
+	// The pod runs before its slice says that it is ready.
+	reply, err := pod.Do(t.Context(), load.Request{Kind: load.Wait, Addresses: []netip.AddrPort{address},
+		Timeout: 2 * time.Second, Limit: 20 * time.Second, Pause: 40 * time.Millisecond})
+	if err != nil || reply.Unsent != 0 {
+		t.Errorf("from a pod: %v, %v", reply, err)
+	}
+	reply, err = pod.Do(t.Context(), load.Request{Kind: load.Identify, Addresses: []netip.AddrPort{address}, Count: 20, Timeout: 2 * time.Second})
 	if err != nil || reply.Answered["web"] != 20 {
 		t.Errorf("from a pod: %v, %v", reply, err)
 	}
