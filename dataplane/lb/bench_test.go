@@ -6,11 +6,16 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"os"
 	"slices"
 	"testing"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
 	"github.com/plimsoll-bench/plimsoll/dataplane/lb"
 	"github.com/plimsoll-bench/plimsoll/dataplane/lb/lbtest"
+	"golang.org/x/sys/unix"
 )
 
 // BenchmarkConnect times connect(2) over loopback to random Services, in blocks of 500 with as many direct connects from
@@ -34,11 +39,7 @@ func BenchmarkConnect(b *testing.B) {
 			var direct, service, added []float64
 			for b.Loop() {
 				d := median(plain.ConnectTimes(b, block, backends))
-				targets := make([]string, block)
-				for i := range targets {
-					targets[i] = changes[random.IntN(services)].Frontend.Address.String()
-				}
-				s := median(translated.ConnectTimes(b, block, targets))
+				s := median(translated.ConnectTimes(b, block, randomTargets(random, changes, block)))
 				direct, service, added = append(direct, d), append(service, s), append(added, s-d)
 			}
 			b.ReportMetric(median(direct), "direct-ns")
@@ -47,6 +48,105 @@ func BenchmarkConnect(b *testing.B) {
 			b.ReportMetric(median(service)/median(direct), "ratio")
 		})
 	}
+}
+
+// BenchmarkHook times the hook per call, as the kernel counts it (BPF_STATS_RUN_TIME), for connects to random Services, in
+// blocks with as many of a pod with an empty program on the same hook between them. An operation is a block of each.
+func BenchmarkHook(b *testing.B) {
+	const block = 500
+	backends := []string{"127.0.0.1:8080", "127.0.0.2:8080"}
+	for _, services := range []int{1, 20_000, 50_000} {
+		b.Run(fmt.Sprintf("services=%d", services), func(b *testing.B) {
+			plain, translated := lbtest.StartPod(b), lbtest.StartPod(b)
+			for _, address := range backends {
+				plain.Sink(b, address)
+				translated.Sink(b, address)
+			}
+			mustAttachEmpty(b, plain.Cgroup)
+			balancer := mustLoad(b, translated, lb.Options{})
+			changes := manyChanges(services)
+			mustSync(b, balancer, changes...)
+			random := rand.New(rand.NewPCG(1, uint64(services)))
+			statistics, err := ebpf.EnableStats(unix.BPF_STATS_RUN_TIME)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer statistics.Close()
+
+			empty, hook := mustProgram(b, plain.Cgroup), mustProgram(b, translated.Cgroup)
+			var added, calls []float64
+			for b.Loop() {
+				e := perCall(b, empty, func() { plain.ConnectTimes(b, block, backends) })
+				h := perCall(b, hook, func() { translated.ConnectTimes(b, block, randomTargets(random, changes, block)) })
+				calls, added = append(calls, h), append(added, h-e)
+			}
+			b.ReportMetric(median(calls), "hook-ns/call")
+			b.ReportMetric(median(added), "above-empty-ns/call")
+		})
+	}
+}
+
+// mustAttachEmpty puts a program that does nothing where the load balancer's would be.
+func mustAttachEmpty(b *testing.B, cgroup string) {
+	b.Helper()
+	empty, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.CGroupSockAddr, AttachType: ebpf.AttachCGroupInet4Connect, License: "Dual BSD/GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()},
+	})
+	if err != nil {
+		b.Skipf("skipped: %v", err)
+	}
+	defer empty.Close()
+	l, err := link.AttachCgroup(link.CgroupOptions{Path: cgroup, Attach: ebpf.AttachCGroupInet4Connect, Program: empty})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { l.Close() })
+}
+
+// mustProgram opens the program that is attached to a cgroup's connect hook.
+func mustProgram(b *testing.B, cgroup string) *ebpf.Program {
+	b.Helper()
+	folder, err := os.Open(cgroup)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer folder.Close()
+	attached, err := link.QueryPrograms(link.QueryOptions{Target: int(folder.Fd()), Attach: ebpf.AttachCGroupInet4Connect})
+	if err != nil || len(attached.Programs) != 1 {
+		b.Fatalf("want one program on %s, got %+v, %v", cgroup, attached, err)
+	}
+	program, err := ebpf.NewProgramFromID(attached.Programs[0].ID)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { program.Close() })
+	return program
+}
+
+// perCall is how many nanoseconds a call of the program took while do ran.
+func perCall(b *testing.B, program *ebpf.Program, do func()) float64 {
+	b.Helper()
+	read := func() *ebpf.ProgramStats {
+		s, err := program.Stats()
+		if err != nil {
+			b.Fatal(err)
+		}
+		return s
+	}
+	before := read()
+	do()
+	after := read()
+	return float64(after.Runtime-before.Runtime) / float64(after.RunCount-before.RunCount)
+}
+
+// randomTargets are the addresses of n random frontends of changes.
+func randomTargets(random *rand.Rand, changes []lb.Change, n int) []string {
+	targets := make([]string, n)
+	for i := range targets {
+		targets[i] = changes[random.IntN(len(changes))].Frontend.Address.String()
+	}
+	return targets
 }
 
 // BenchmarkSync times publishing frontends with two backends, and changing one of many.

@@ -16,9 +16,11 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	connectMapBackends  = "backends"
-	connectMapServices  = "services"
-	connectProgConnect4 = "connect4"
+	connectMapBackends   = "backends"
+	connectMapServices   = "services"
+	connectProgConnect4  = "connect4"
+	connectVarBucketMask = "bucket_mask"
+	connectVarHashSeed   = "hash_seed"
 )
 
 // loadConnect returns the embedded CollectionSpec for connect.
@@ -78,6 +80,8 @@ type connectMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type connectVariableSpecs struct {
+	BucketMask *ebpf.VariableSpec `ebpf:"bucket_mask"`
+	HashSeed   *ebpf.VariableSpec `ebpf:"hash_seed"`
 }
 
 // connectObjects contains all objects after they have been loaded into the kernel.
@@ -115,6 +119,8 @@ func (m *connectMaps) Close() error {
 //
 // It can be passed to loadConnectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type connectVariables struct {
+	BucketMask *ebpf.Variable `ebpf:"bucket_mask"`
+	HashSeed   *ebpf.Variable `ebpf:"hash_seed"`
 }
 
 // connectPrograms contains all programs after they have been loaded into the kernel.

@@ -13,7 +13,6 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -42,11 +41,12 @@ const (
 
 // Options are fixed when a Balancer is loaded. The zero value means the defaults.
 type Options struct {
-	// Services is how many frontends the services map holds, at 80 bytes each. 0 means DefaultServices.
+	// Services is how many frontends the services map holds, at 128 bytes each, rounded up to a power of two and at
+	// least 4 KiB. 0 means DefaultServices.
 	Services int
-	// Backends is how many backends of all frontends together the backends map holds, at 8 bytes each, rounded up to
-	// a power of two. A frontend with n backends takes n of them rounded up to a power of two, and twice as many
-	// while it changes. 0 means DefaultBackends.
+	// Backends is how many backends the backends map holds for all frontends that have more than three, at 8 bytes
+	// each, rounded up to a power of two; eight of them are not used. A frontend with n backends takes n of them
+	// rounded up to a power of two, and twice as many while it changes. 0 means DefaultBackends.
 	Backends int
 	// Grace is how long the backends that a frontend had before a change stay untouched for connects that are under
 	// way. 0 means DefaultGrace.
@@ -67,13 +67,13 @@ func (o Options) withDefaults() Options {
 	if o.Grace == 0 {
 		o.Grace = DefaultGrace
 	}
-	o.Backends = roundUpPowerOfTwo(o.Backends)
+	o.Backends = roundUpPowerOfTwo(max(o.Backends, 2*entryWords))
 	return o
 }
 
 func (o Options) validate() error {
-	if o.Services < 0 || o.Services > 1<<24 {
-		return fmt.Errorf("services capacity %d: want 1 to %d", o.Services, 1<<24)
+	if o.Services < 0 || o.Services > 1<<22 {
+		return fmt.Errorf("services capacity %d: want 1 to %d", o.Services, 1<<22)
 	}
 	if o.Backends < 0 || o.Backends > 1<<26 {
 		return fmt.Errorf("backends capacity %d: want 1 to %d", o.Backends, 1<<26)
@@ -95,10 +95,10 @@ type Balancer struct {
 	// Guarded by mu.
 	mu       sync.Mutex
 	link     link.Link      // nil until Attach
-	words    map[key]word   // what the services map holds
+	table    *table         // the services map
 	regions  *regions       // which of slots are taken
 	retired  retiredRegions // which of them wait for their readers
-	backends int            // sum of the counts in words
+	backends int            // of all frontends together
 }
 
 // Load creates the maps and loads the program, attached to nothing yet. With a PinDir that a former Balancer of the same
@@ -109,7 +109,7 @@ func Load(options Options) (_ *Balancer, err error) {
 	if err := options.validate(); err != nil {
 		return nil, err
 	}
-	b := &Balancer{options: options.withDefaults(), words: make(map[key]word)}
+	b := &Balancer{options: options.withDefaults()}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, b.Close())
@@ -120,29 +120,59 @@ func Load(options Options) (_ *Balancer, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the embedded object: %w", err)
 	}
-	spec.Maps[connectMapServices].MaxEntries = uint32(b.options.Services)
-	spec.Maps[connectMapBackends].MaxEntries = uint32(b.options.Backends)
-	collection := &ebpf.CollectionOptions{}
-	if b.options.PinDir != "" {
-		if err := os.MkdirAll(b.pinDir(), 0o700); err != nil {
-			return nil, fmt.Errorf("pin folder: %w", err)
-		}
-		collection.Maps.PinPath = b.pinDir()
-		for _, m := range spec.Maps {
-			m.Pinning = ebpf.PinByName
-		}
-	}
-	if err := spec.LoadAndAssign(&b.objects, collection); err != nil {
+	maps, err := b.openMaps(spec)
+	if err != nil {
 		return nil, b.explainLoad(err)
 	}
-	if err := b.mapBackends(); err != nil {
+	defer func() {
+		for _, m := range maps {
+			err = errors.Join(err, m.Close()) // objects has its own copies
+		}
+	}()
+	if err := b.shareMaps(maps); err != nil {
 		return nil, err
 	}
-	b.regions = newRegions(b.options.Backends)
+	if err := errors.Join(
+		spec.Variables["hash_seed"].Set(b.table.seed),
+		spec.Variables["bucket_mask"].Set(uint32(len(b.table.buckets)-1)),
+	); err != nil {
+		return nil, fmt.Errorf("constants of the program: %w", err)
+	}
+	if err := spec.LoadAndAssign(&b.objects, &ebpf.CollectionOptions{MapReplacements: maps}); err != nil {
+		return nil, b.explainLoad(err)
+	}
 	if err := b.takeOver(); err != nil {
 		return nil, err
 	}
 	return b, nil
+}
+
+// openMaps makes the maps that are written here, or opens those that are pinned.
+func (b *Balancer) openMaps(spec *ebpf.CollectionSpec) (_ map[string]*ebpf.Map, err error) {
+	spec.Maps[connectMapServices].MaxEntries = uint32(tableBuckets(b.options.Services) + 1)
+	spec.Maps[connectMapBackends].MaxEntries = uint32(b.options.Backends)
+	pin := ebpf.MapOptions{}
+	if b.options.PinDir != "" {
+		if err := os.MkdirAll(b.pinDir(), 0o700); err != nil {
+			return nil, fmt.Errorf("pin folder: %w", err)
+		}
+		pin.PinPath = b.pinDir()
+	}
+	maps := make(map[string]*ebpf.Map)
+	for _, name := range []string{connectMapServices, connectMapBackends} {
+		if pin.PinPath != "" {
+			spec.Maps[name].Pinning = ebpf.PinByName
+		}
+		m, err := ebpf.NewMapWithOptions(spec.Maps[name], pin)
+		if err != nil {
+			for _, m := range maps {
+				err = errors.Join(err, m.Close())
+			}
+			return nil, err
+		}
+		maps[name] = m
+	}
+	return maps, nil
 }
 
 // explainLoad says of an error of the kernel what the caller can do about it.
@@ -160,35 +190,50 @@ func (b *Balancer) explainLoad(err error) error {
 	return fmt.Errorf("load connect4: %w", err)
 }
 
-// mapBackends shares the backends map's memory with this process: writing a backend is then one store that a reader sees
-// whole or not at all, and takes no system call.
-func (b *Balancer) mapBackends() error {
-	page := os.Getpagesize()
-	size := (b.options.Backends*8 + page - 1) / page * page
-	memory, err := unix.Mmap(b.objects.Backends.FD(), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+// shareMaps shares the maps' memory with this process: writing a word is then one store that a reader sees whole or not
+// at all, and takes no system call.
+func (b *Balancer) shareMaps(maps map[string]*ebpf.Map) error {
+	services, err := shareMap(maps[connectMapServices])
 	if err != nil {
-		return fmt.Errorf("share the backends map: %w", err)
+		return err
 	}
-	b.memory = memory
-	b.slots = unsafe.Slice((*uint64)(unsafe.Pointer(unsafe.SliceData(memory))), b.options.Backends)
+	if b.table, err = newTable(services); err != nil {
+		return errors.Join(err, unix.Munmap(services))
+	}
+	if b.memory, err = shareMap(maps[connectMapBackends]); err != nil {
+		return err
+	}
+	b.slots = unsafe.Slice((*uint64)(unsafe.Pointer(unsafe.SliceData(b.memory))), b.options.Backends)
+	b.regions = newRegions(b.options.Backends)
+	b.regions.reserve(unused)
 	return nil
+}
+
+// shareMap gives the memory of an array map, which begins with a page and whose elements follow each other.
+func shareMap(m *ebpf.Map) ([]byte, error) {
+	page := os.Getpagesize()
+	size := (int(m.MaxEntries())*int(m.ValueSize()) + page - 1) / page * page
+	memory, err := unix.Mmap(m.FD(), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return nil, fmt.Errorf("share the memory of %v: %w", m, err)
+	}
+	return memory, nil
 }
 
 // takeOver makes this process's picture of the maps from what they hold.
 func (b *Balancer) takeOver() error {
-	var k key
-	var w word
-	entries := b.objects.Services.Iterate()
-	for entries.Next(&k, &w) {
-		b.words[k] = w
-		b.backends += w.count()
-		if w.count() > 0 && !b.regions.reserve(w.region()) {
-			return fmt.Errorf("frontend %v in %s claims backends %d to %d, which another one has (delete the folder)",
-				k.frontend(), b.pinDir(), w.base(), w.base()+w.count()-1)
+	for k, e := range b.table.all() {
+		w := e.word()
+		if b.table.find(k) != e || w.owner() != b.table.owner(k) {
+			return fmt.Errorf("frontend %v in %s is not where it belongs (delete the folder)", k.frontend(), b.pinDir())
 		}
-	}
-	if err := entries.Err(); err != nil {
-		return fmt.Errorf("read the services map: %w", err)
+		inline := w.base() == firstInline || w.base() == otherInline
+		if n := w.count(); n > 0 && w.inline() && (!inline || n > maxInline) || n > 0 && !w.inline() && !b.regions.reserve(w.region()) {
+			return fmt.Errorf("frontend %v in %s claims backends %d to %d, which are not its own (delete the folder)",
+				k.frontend(), b.pinDir(), w.base(), w.base()+n-1)
+		}
+		b.table.used++
+		b.backends += w.count()
 	}
 	return nil
 }
@@ -287,16 +332,19 @@ func (b *Balancer) Close() error {
 		errs = append(errs, unix.Munmap(b.memory))
 		b.memory, b.slots = nil, nil
 	}
+	if b.table != nil {
+		errs = append(errs, b.table.close())
+	}
 	return errors.Join(append(errs, b.objects.Close())...)
 }
 
 // Counts tells how full the maps are.
 type Counts struct {
 	Frontends        int // frontends in the services map
-	Backends         int // backends of all frontends together
+	Backends         int // backends of all frontends together, in either map
 	Slots            int // entries of the backends map that are taken, those that wait out the grace period included
-	ServicesCapacity int // entries of the services map
-	BackendsCapacity int // entries of the backends map
+	ServicesCapacity int // frontends that the services map may hold
+	BackendsCapacity int // entries of the backends map that can be taken
 }
 
 // Counts tells how full the maps are now.
@@ -304,13 +352,10 @@ func (b *Balancer) Counts() Counts {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return Counts{
-		Frontends:        len(b.words),
+		Frontends:        b.table.used,
 		Backends:         b.backends,
-		Slots:            b.regions.taken(),
+		Slots:            b.regions.taken() - entryWords,
 		ServicesCapacity: b.options.Services,
-		BackendsCapacity: b.options.Backends,
+		BackendsCapacity: b.options.Backends - entryWords,
 	}
 }
-
-// store writes one backend where the program may be reading.
-func (b *Balancer) store(slot int, entry uint64) { atomic.StoreUint64(&b.slots[slot], entry) }

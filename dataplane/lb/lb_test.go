@@ -166,14 +166,15 @@ func TestUniform(t *testing.T) {
 }
 
 // No connect is lost or goes astray while its frontend and its neighbours change as fast as they can. The grace period
-// is the shortest there is, so that regions and hash elements are used again at once.
+// is the shortest there is and all are in one bucket, so that regions and entries are used again at once.
 func TestFlip(t *testing.T) {
 	pod := lbtest.StartPod(t)
 	for _, address := range []string{"127.0.0.1:8080", "127.0.0.2:8080", "127.0.0.3:8080"} {
 		pod.Listen(t, "tcp", address)
 	}
-	b := mustLoad(t, pod, lb.Options{Backends: 64, Grace: 1})
-	states := [][]string{{"127.0.0.1:8080"}, {"127.0.0.2:8080", "127.0.0.1:8080"}, {"127.0.0.2:8080"}}
+	b := mustLoad(t, pod, lb.Options{Services: 2, Backends: 64, Grace: 1})
+	first, second := "127.0.0.1:8080", "127.0.0.2:8080"
+	states := [][]string{{first}, {second, first}, {first, second, first, second}, {second}, {second, second, first}}
 	mustSync(t, b, to(tcp(vip), states[0]...))
 
 	stop := pod.Hammer(t, "tcp", vip)
@@ -211,14 +212,21 @@ func TestFullMaps(t *testing.T) {
 		wantAnswers(t, pod.Connect(t, "tcp", third.Address.String(), 1), 1, "127.0.0.1:8080")
 	})
 	t.Run("backends", func(t *testing.T) {
-		b := mustLoad(t, pod, lb.Options{Backends: 2, Grace: time.Nanosecond})
-		small, large := tcp("10.96.0.1:80"), tcp("10.96.0.2:80")
-		err := b.Sync([]lb.Change{to(large, "127.0.0.1:8080", "127.0.0.1:8080", "127.0.0.1:8080"), to(small, "127.0.0.1:8080")})
+		b := mustLoad(t, pod, lb.Options{Backends: 16, Grace: time.Nanosecond})
+		inline, small, large := tcp("10.96.0.1:80"), tcp("10.96.0.2:80"), tcp("10.96.0.3:80")
+		backends := slices.Repeat([]string{"127.0.0.1:8080"}, 9)
+		err := b.Sync([]lb.Change{to(large, backends...), to(small, backends[:5]...), to(inline, backends[:3]...)})
 		wantFull(t, err, large)
-		wantAnswers(t, pod.Connect(t, "tcp", small.Address.String(), 1), 1, "127.0.0.1:8080")
+		for _, f := range []lb.Frontend{inline, small} {
+			wantAnswers(t, pod.Connect(t, "tcp", f.Address.String(), 5), 5, "127.0.0.1:8080")
+		}
+		wantErrors(t, pod.Connect(t, "tcp", large.Address.String(), 1), 1, unix.ENETUNREACH)
 		mustSync(t, b, lb.Change{Frontend: small, Withdraw: true})
-		mustSync(t, b, to(large, "127.0.0.1:8080", "127.0.0.1:8080"))
-		wantAnswers(t, pod.Connect(t, "tcp", large.Address.String(), 1), 1, "127.0.0.1:8080")
+		mustSync(t, b, to(large, backends[:8]...))
+		wantAnswers(t, pod.Connect(t, "tcp", large.Address.String(), 5), 5, "127.0.0.1:8080")
+		if got := b.Counts(); got.Frontends != 2 || got.Backends != 11 || got.Slots != got.BackendsCapacity {
+			t.Errorf("want 2 frontends with 11 backends that fill the map, got %+v", got)
+		}
 	})
 }
 
@@ -291,7 +299,8 @@ func TestPins(t *testing.T) {
 	other := tcp("10.96.0.11:80")
 
 	first := load()
-	mustSync(t, first, to(tcp(vip), "127.0.0.1:8080"), to(other, "127.0.0.1:8080", "127.0.0.2:8080"))
+	many := to(tcp("10.96.0.12:80"), slices.Repeat([]string{"127.0.0.1:8080", "127.0.0.2:8080"}, 3)...)
+	mustSync(t, first, to(tcp(vip), "127.0.0.1:8080"), to(other, "127.0.0.1:8080", "127.0.0.2:8080"), many)
 	before := first.Counts()
 	if err := first.Close(); err != nil {
 		t.Fatal(err)
@@ -304,16 +313,18 @@ func TestPins(t *testing.T) {
 		t.Errorf("taken over: want %+v, got %+v", before, got)
 	}
 	frontends := slices.SortedFunc(second.Frontends(), func(a, b lb.Frontend) int { return a.Address.Compare(b.Address) })
-	if want := []lb.Frontend{tcp(vip), other}; !slices.Equal(frontends, want) {
+	if want := []lb.Frontend{tcp(vip), other, many.Frontend}; !slices.Equal(frontends, want) {
 		t.Errorf("taken over: want %v, got %v", want, frontends)
 	}
 	mustSync(t, second, to(tcp(vip), "127.0.0.2:8080"))
 	got := stop()
 	wantAnswers(t, got, got.Answers["127.0.0.1:8080"]+got.Answers["127.0.0.2:8080"], slices.Collect(maps.Keys(got.Answers))...)
 	wantAnswers(t, pod.Connect(t, "tcp", vip, 5), 5, "127.0.0.2:8080")
-	wantAnswers(t, pod.Connect(t, "tcp", other.Address.String(), 5), 5, "127.0.0.1:8080", "127.0.0.2:8080")
+	for _, f := range []lb.Frontend{other, many.Frontend} {
+		wantAnswers(t, pod.Connect(t, "tcp", f.Address.String(), 5), 5, "127.0.0.1:8080", "127.0.0.2:8080")
+	}
 
-	if _, err := lb.Load(lb.Options{PinDir: options.PinDir, Services: 5}); err == nil || !strings.Contains(err.Error(), options.PinDir) {
+	if _, err := lb.Load(lb.Options{PinDir: options.PinDir, Services: 64}); err == nil || !strings.Contains(err.Error(), options.PinDir) {
 		t.Errorf("other sizes: want an error that names the folder, got %v", err)
 	}
 	if err := errors.Join(second.Detach(), second.Close()); err != nil {

@@ -13,7 +13,7 @@ import (
 )
 
 // layout names the folder of the pins. It changes with what the words in the maps mean.
-const layout = "v1"
+const layout = "v2"
 
 func (b *Balancer) pinDir() string  { return filepath.Join(b.options.PinDir, layout) }
 func (b *Balancer) linkPin() string { return filepath.Join(b.pinDir(), connectProgConnect4) }

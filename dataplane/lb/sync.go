@@ -9,9 +9,6 @@ import (
 	"net/netip"
 	"sync/atomic"
 	"time"
-
-	"github.com/cilium/ebpf"
-	"golang.org/x/sys/unix"
 )
 
 // A Change is what one frontend shall be from now on.
@@ -69,7 +66,7 @@ func (b *Balancer) Frontends() iter.Seq[Frontend] {
 	return func(yield func(Frontend) bool) {
 		b.mu.Lock()
 		defer b.mu.Unlock()
-		for k := range b.words {
+		for k := range b.table.all() {
 			if !yield(k.frontend()) {
 				return
 			}
@@ -82,15 +79,12 @@ func (b *Balancer) withdraw(c Change, now time.Time) error {
 		return err
 	}
 	k := keyOf(c.Frontend)
-	old, published := b.words[k]
-	if !published {
+	e := b.table.find(k)
+	if e == nil {
 		return nil
 	}
-	if err := b.objects.Services.Delete(&k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-		return fmt.Errorf("delete from the services map: %w", err)
-	}
-	delete(b.words, k)
-	b.retire(old, now)
+	b.table.remove(e, k)
+	b.retire(e.word(), now)
 	return nil
 }
 
@@ -99,39 +93,71 @@ func (b *Balancer) publish(c Change, now time.Time) error {
 		return err
 	}
 	k := keyOf(c.Frontend)
-	old, published := b.words[k]
-	if published && b.holds(old, k.owner(), c.Backends) {
-		return nil
+	owner := b.table.owner(k)
+	e := b.table.find(k)
+	published := e != nil
+	var old word
+	if published {
+		if old = e.word(); b.holds(e, owner, c.Backends) {
+			return nil
+		}
+	} else if b.table.used < b.options.Services {
+		e = b.table.place(k)
+	}
+	if e == nil {
+		return fmt.Errorf("services: %d of %d entries are taken, and none is free for this one: %w", b.table.used, b.options.Services, ErrFull)
 	}
 
 	// The new backends are written where no reader looks, and then the word that leads to them, at once.
-	base := 0
-	if len(c.Backends) > 0 {
-		var ok bool
-		if base, ok = b.regions.take(orderFor(len(c.Backends))); !ok {
-			return fmt.Errorf("backends: no room for %d more (of %d, %d are taken, %d of those free after the grace period): %w",
-				len(c.Backends), b.options.Backends, b.regions.taken(), b.retired.slots, ErrFull)
-		}
+	base, err := b.room(old, len(c.Backends))
+	if err != nil {
+		return err
 	}
+	w := makeWord(base, len(c.Backends), owner)
+	set := b.set(e, w)
 	for i, backend := range c.Backends {
-		b.store(base+i, entryOf(backend, k.owner()))
+		atomic.StoreUint64(&set[i], entryOf(backend, owner))
 	}
-	w := makeWord(base, len(c.Backends), k.owner())
-	if err := b.objects.Services.Update(&k, &w, ebpf.UpdateAny); err != nil {
-		if w.count() > 0 {
-			b.regions.free(w.region()) // no reader has seen it
+	if w.inline() && w.count() > 0 {
+		// Who read the word of a larger set that was here before must not find one of its backends.
+		for i := base + w.count(); i < base+maxInline; i++ {
+			atomic.StoreUint64(&e[i], 0)
 		}
-		if errors.Is(err, unix.E2BIG) {
-			return fmt.Errorf("services: all %d entries are taken: %w", b.options.Services, ErrFull)
-		}
-		return fmt.Errorf("update the services map: %w", err)
 	}
-	b.words[k] = w
+	e.publish(w)
 	b.backends += w.count()
 	if published {
 		b.retire(old, now)
+	} else {
+		b.table.insert(e, k)
 	}
 	return nil
+}
+
+// room gives the base of a place for n backends of a frontend whose word is old, if it has one.
+func (b *Balancer) room(old word, n int) (base int, err error) {
+	switch {
+	case n == 0:
+		return 0, nil
+	case n > maxInline:
+		base, ok := b.regions.take(orderFor(n))
+		if !ok {
+			return 0, fmt.Errorf("backends: no room for %d more (of %d, %d are taken, %d of those free after the grace period): %w",
+				n, b.options.Backends, b.regions.taken(), b.retired.slots, ErrFull)
+		}
+		return base, nil
+	case old.base() == firstInline:
+		return otherInline, nil
+	}
+	return firstInline, nil
+}
+
+// set is where the backends are that the word of an entry leads to.
+func (b *Balancer) set(e *entry, w word) []uint64 {
+	if w.inline() {
+		return e[w.base() : w.base()+w.count()]
+	}
+	return b.slots[w.base() : w.base()+w.count()]
 }
 
 func (c Change) check() error {
@@ -149,23 +175,25 @@ func (c Change) check() error {
 	return nil
 }
 
-// holds tells whether a word leads to these backends, in this order.
-func (b *Balancer) holds(w word, owner uint64, backends []netip.AddrPort) bool {
-	if w.count() != len(backends) {
+// holds tells whether an entry leads to these backends, in this order.
+func (b *Balancer) holds(e *entry, owner uint64, backends []netip.AddrPort) bool {
+	set := b.set(e, e.word())
+	if len(set) != len(backends) {
 		return false
 	}
 	for i, backend := range backends {
-		if atomic.LoadUint64(&b.slots[w.base()+i]) != entryOf(backend, owner) {
+		if set[i] != entryOf(backend, owner) {
 			return false
 		}
 	}
 	return true
 }
 
-// retire sets the region of a word that is no longer published aside until its readers have left.
+// retire sets the region of a word that is no longer published aside until its readers have left. Backends in an entry
+// need no such time: whoever reads them late finds what is newer, or nothing, and looks again.
 func (b *Balancer) retire(w word, now time.Time) {
 	b.backends -= w.count()
-	if w.count() > 0 {
+	if !w.inline() {
 		b.retired.add(w.region(), now.Add(b.options.Grace))
 	}
 }

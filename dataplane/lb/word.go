@@ -35,7 +35,7 @@ type Frontend struct {
 
 func (f Frontend) String() string { return fmt.Sprintf("%v/%v", f.Address, f.Protocol) }
 
-// A key is a Frontend as the services map has it: address and port in network byte order, protocol, scope. See struct
+// A key is a Frontend as its entry has it: address and port in network byte order, protocol, scope. See struct
 // frontend in connect.bpf.c.
 type key [8]byte
 
@@ -56,15 +56,16 @@ func (k key) frontend() Frontend {
 	}
 }
 
-// owner is what marks the word and the backends of a frontend as its own. The program computes the same.
-//
-// Note: a generation that grows with each change was the first plan. It tells that a word is old, which does no harm, but
-// not that a recycled hash element or region now belongs to another Service, which does.
-func (k key) owner() uint64 {
-	return binary.NativeEndian.Uint64(k[:]) * 0x9e3779b97f4a7c15 >> 48
+// bits is the key as the map holds it, and keyOfBits what it was made of.
+func (k key) bits() uint64 { return binary.NativeEndian.Uint64(k[:]) }
+
+func keyOfBits(bits uint64) (k key) {
+	binary.NativeEndian.PutUint64(k[:], bits)
+	return k
 }
 
-// A word is the value of a frontend in the services map: {base:32, count:16, owner:16}.
+// A word says where a frontend's backends are: {base:32, count:16, owner:16}. They are those from base on, of its entry if
+// base is one there, else of the backends map, whose first entries are not used.
 type word uint64
 
 // maxCount is how many backends one frontend can have.
@@ -74,11 +75,18 @@ func makeWord(base, count int, owner uint64) word {
 	return word(uint64(base)<<32 | uint64(count)<<16 | owner)
 }
 
-func (w word) base() int  { return int(w >> 32) }
-func (w word) count() int { return int(w >> 16 & maxCount) }
+func (w word) base() int     { return int(w >> 32) }
+func (w word) count() int    { return int(w >> 16 & maxCount) }
+func (w word) owner() uint64 { return uint64(w & 0xffff) }
 
-// region is the part of the backends map that a word with backends claims.
+// inline tells whether the backends, if any, are in the entry.
+func (w word) inline() bool { return w.base() < entryWords }
+
+// region is the part of the backends map that a word claims which is not inline.
 func (w word) region() region { return regionFor(w.base(), w.count()) }
+
+// unused is the part of the backends map that no word can lead to.
+var unused = regionFor(0, entryWords)
 
 // entryOf is a backend as the backends map has it: {address:32, port:16, owner:16}.
 func entryOf(backend netip.AddrPort, owner uint64) uint64 {

@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lb
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"fmt"
+	"iter"
+	"sync/atomic"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// An entry is one frontend in the services map: its key, its word, and room for two sets of backends, so that a change
+// writes one while connects read the other. See connect.bpf.c. It is a cache line.
+type entry [entryWords]uint64
+
+const (
+	entryWords  = 8
+	entryKey    = 0
+	entryWord   = 1
+	firstInline = 2 // base of the one set of backends in the entry
+	otherInline = firstInline + maxInline
+	maxInline   = 3 // backends that an entry has room for, twice
+
+	bucketEntries = 64
+	bucketSize    = bucketEntries * entryWords * 8
+)
+
+// What stands in place of a key where there is none. Neither is the key of a frontend: one has no port, the other a scope
+// that does not exist.
+const (
+	emptyKey   = 0         // ends a look-up
+	deletedKey = 1<<64 - 1 // does not
+)
+
+// A table is the services map, whose memory this process shares with the program: a hash table with open addressing, in
+// buckets of one page each. Only one process writes, and every write is one word, so that a look-up at any moment finds
+// a frontend whole or not at all. Entries never move.
+//
+// Note: a hash map of the kernel was the first plan. Its bucket, its element and the backends each lie in a page of their
+// own; here one page and one cache line are read, which matters most where system calls empty the TLB (docs/method.md).
+type table struct {
+	memory  []byte
+	buckets [][bucketEntries]entry
+	seed    uint64 // odd
+	used    int    // entries that hold a frontend
+}
+
+// tableBuckets is how many buckets, a power of two, keep the table half empty with so many frontends.
+func tableBuckets(services int) int {
+	return roundUpPowerOfTwo((2*services + bucketEntries - 1) / bucketEntries)
+}
+
+// newTable makes a table of the memory of a map that may be new. The element after the buckets keeps the seed.
+func newTable(memory []byte) (*table, error) {
+	n := len(memory)/bucketSize - 1
+	all := unsafe.Slice((*[bucketEntries]entry)(unsafe.Pointer(unsafe.SliceData(memory))), n+1)
+	seed := &all[n][0][0]
+	if *seed == 0 {
+		var random [8]byte
+		if _, err := rand.Read(random[:]); err != nil {
+			return nil, fmt.Errorf("seed of the services map: %w", err)
+		}
+		*seed = binary.NativeEndian.Uint64(random[:]) | 1
+	}
+	return &table{memory: memory, buckets: all[:n], seed: *seed}, nil
+}
+
+// close gives the memory back. Only used may be read afterwards.
+func (t *table) close() error {
+	if t.memory == nil {
+		return nil
+	}
+	err := unix.Munmap(t.memory)
+	t.memory, t.buckets = nil, nil
+	return err
+}
+
+// hash is the same as the program's.
+func (t *table) hash(k key) uint64 {
+	h := k.bits() * t.seed
+	return (h ^ h>>32) * 0x9e3779b97f4a7c15
+}
+
+// owner is what marks the word and the backends of a frontend as its own. The program computes the same.
+//
+// Note: a generation that grows with each change was the first plan. It tells that a word is old, which does no harm, but
+// not that a recycled entry or region now belongs to another Service, which does.
+func (t *table) owner(k key) uint64 { return t.hash(k)>>16&0xffff | 1 }
+
+// probe lists the entries where k may be, in the order in which they are looked at.
+func (t *table) probe(k key) iter.Seq[*entry] {
+	h := t.hash(k)
+	bucket, start := &t.buckets[h>>40&uint64(len(t.buckets)-1)], h>>34
+	return func(yield func(*entry) bool) {
+		for i := range uint64(bucketEntries) {
+			if !yield(&bucket[(start+i)%bucketEntries]) {
+				return
+			}
+		}
+	}
+}
+
+// find gives the entry of a frontend, or nil.
+func (t *table) find(k key) *entry {
+	for e := range t.probe(k) {
+		switch e[entryKey] {
+		case k.bits():
+			return e
+		case emptyKey:
+			return nil
+		}
+	}
+	return nil
+}
+
+// place gives a free entry for a frontend that has none yet, or nil if its bucket is full. The frontend has it once
+// insert was called.
+//
+// Half full, as tableBuckets has it, one bucket in some ten millions is full.
+func (t *table) place(k key) *entry {
+	for e := range t.probe(k) {
+		if e[entryKey] == emptyKey || e[entryKey] == deletedKey {
+			return e
+		}
+	}
+	return nil
+}
+
+// insert gives a frontend the entry from place, whose word and backends are written already.
+func (t *table) insert(e *entry, k key) {
+	atomic.StoreUint64(&e[entryKey], k.bits())
+	t.used++
+}
+
+// remove takes a frontend's entry from it. What is behind an entry is still found, and so it becomes empty only if there
+// is nothing; else look-ups, and the deleted ones before it, would grow for ever.
+func (t *table) remove(e *entry, k key) {
+	atomic.StoreUint64(&e[entryKey], deletedKey)
+	t.used--
+	bucket := &t.buckets[t.hash(k)>>40&uint64(len(t.buckets)-1)]
+	at := (uintptr(unsafe.Pointer(e)) - uintptr(unsafe.Pointer(bucket))) / unsafe.Sizeof(*e)
+	for next := &bucket[(at+1)%bucketEntries]; next[entryKey] == emptyKey && e[entryKey] == deletedKey; {
+		atomic.StoreUint64(&e[entryKey], emptyKey)
+		next, at = e, (at+bucketEntries-1)%bucketEntries
+		e = &bucket[at]
+	}
+}
+
+// all lists the frontends with their entries, in no order.
+func (t *table) all() iter.Seq2[key, *entry] {
+	return func(yield func(key, *entry) bool) {
+		for b := range t.buckets {
+			for i := range t.buckets[b] {
+				e := &t.buckets[b][i]
+				if e[entryKey] != emptyKey && e[entryKey] != deletedKey && !yield(keyOfBits(e[entryKey]), e) {
+					return
+				}
+			}
+		}
+	}
+}
+
+func (e *entry) word() word { return word(e[entryWord]) }
+
+// publish makes the backends that a word leads to those of the frontend.
+func (e *entry) publish(w word) { atomic.StoreUint64(&e[entryWord], uint64(w)) }
