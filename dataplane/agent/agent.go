@@ -5,7 +5,7 @@
 // Its front half is kube-proxy's own: the same watches, change trackers and choice of endpoints, so that what differs
 // from kube-proxy is the dataplane. It is the only package that knows k8s.io/kubernetes.
 //
-// This version carries ClusterIPs over IPv4 for TCP and UDP. Services with ClientIP affinity are spread like others, and
+// This version carries ClusterIPs over IPv4 and IPv6 for TCP and UDP. Services with ClientIP affinity are spread like others, and
 // NodePorts, external addresses and SCTP are left alone.
 package agent
 
@@ -94,7 +94,10 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	nodes, services, slices := nodeFactory(cfg), serviceFactory(cfg), sliceFactory(cfg)
 	node := nodes.Core().V1().Nodes()
 	status := newStatus(balancer, node.Lister(), cfg.NodeName)
-	syncer := newSyncer(cfg, balancer, status)
+	var syncers []*syncer
+	for _, family := range []v1.IPFamily{v1.IPv4Protocol, v1.IPv6Protocol} {
+		syncers = append(syncers, newSyncer(cfg, family, balancer, status))
+	}
 
 	failed := make(chan error, 1)
 	servers, err := status.serve(cfg, failed)
@@ -103,22 +106,26 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	}
 	defer func() { err = errors.Join(err, servers.close()) }()
 
-	// Subtle: the informers end before the loop, whose runner panics when it is asked to run after its end.
+	// Subtle: the informers end before the loops, whose runners panic when they are asked to run after their end.
 	stop := make(chan struct{})
-	var loop, watches sync.WaitGroup
-	loop.Go(func() { syncer.loop(stop) })
-	defer loop.Wait()
+	var loops, watches sync.WaitGroup
+	for _, s := range syncers {
+		loops.Go(func() { s.loop(stop) })
+	}
+	defer loops.Wait()
 	defer close(stop)
 	ctx, cancel := context.WithCancel(ctx)
 	defer watches.Wait()
 	defer cancel()
 
 	serviceConfig := proxyconfig.NewServiceConfig(ctx, services.Core().V1().Services(), 0)
-	serviceConfig.RegisterEventHandler(syncer)
 	sliceConfig := proxyconfig.NewEndpointSliceConfig(ctx, slices.Discovery().V1().EndpointSlices(), 0)
-	sliceConfig.RegisterEventHandler(syncer)
 	topologyConfig := proxyconfig.NewNodeTopologyConfig(ctx, node, 0)
-	topologyConfig.RegisterEventHandler(syncer)
+	for _, s := range syncers {
+		serviceConfig.RegisterEventHandler(s)
+		sliceConfig.RegisterEventHandler(s)
+		topologyConfig.RegisterEventHandler(s)
+	}
 	for _, factory := range []informers.SharedInformerFactory{nodes, services, slices} {
 		factory.Start(ctx.Done())
 		watches.Go(func() {

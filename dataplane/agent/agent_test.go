@@ -274,6 +274,33 @@ func TestServicesComeChangeAndGo(t *testing.T) {
 	})
 }
 
+// Each address of a dual-stack Service leads to the endpoints of its own IP version.
+func TestDualStack(t *testing.T) {
+	const clusterIP6, three = "fd00:96::10", "fd00::3"
+	dual := service(func(s *v1.Service) {
+		s.Spec.ClusterIPs = append(s.Spec.ClusterIPs, clusterIP6)
+		s.Spec.IPFamilies = []v1.IPFamily{v1.IPv4Protocol, v1.IPv6Protocol}
+	}, port("http", v1.ProtocolTCP, 80))
+	six := slice("web-6", "http", v1.ProtocolTCP, endpoint(three, thisNode))
+	six.AddressType = discovery.AddressTypeIPv6
+	r := newRig(t, dual, slice("web-4", "http", v1.ProtocolTCP, endpoint(one, thisNode)), six)
+	r.pod.AddAddress(t, three+"/128")
+	backend6, http6 := net.JoinHostPort(three, "8080"), net.JoinHostPort(clusterIP6, "80")
+	r.pod.Listen(t, "tcp", backend6)
+	r.start(lb.Options{})
+	r.wants("tcp", http80, one+":8080")
+	r.wants("tcp", http6, backend6)
+
+	six = six.DeepCopy()
+	six.Endpoints = nil
+	r.updateSlice(six)
+	r.wantsError("tcp", http6, unix.ECONNREFUSED)
+	r.wants("tcp", http80, one+":8080")
+	r.updateService(service(nil, port("http", v1.ProtocolTCP, 80)))
+	r.wantsError("tcp", http6, unix.ENETUNREACH)
+	r.wants("tcp", http80, one+":8080")
+}
+
 func TestPorts(t *testing.T) {
 	both := slice("web-1", "dns", v1.ProtocolUDP, endpoint(one, thisNode))
 	name, protocol, number := "dns-tcp", v1.ProtocolTCP, int32(9090)
@@ -360,12 +387,15 @@ func TestStatus(t *testing.T) {
 		{r.health, "/healthz", 200, `"healthy":true`},
 		{r.health, "/livez", 200, `"healthy":true`},
 		{r.metric, "/proxyMode", 200, "ebpf"},
-		{r.metric, "/metrics", 200, "\nplimsoll_lb_frontends 1\n"},
-		{r.metric, "/metrics", 200, "\nplimsoll_lb_backends 2\n"},
-		{r.metric, "/metrics", 200, "\nplimsoll_lb_map_capacity{map=\"services\"} 1\n"},
+		{r.metric, "/metrics", 200, "\nplimsoll_lb_frontends{ip_family=\"IPv4\"} 1\n"},
+		{r.metric, "/metrics", 200, "\nplimsoll_lb_backends{ip_family=\"IPv4\"} 2\n"},
+		{r.metric, "/metrics", 200, "\nplimsoll_lb_frontends{ip_family=\"IPv6\"} 0\n"},
+		{r.metric, "/metrics", 200, "\nplimsoll_lb_map_entries{ip_family=\"IPv4\",map=\"services\"} 1\n"},
+		{r.metric, "/metrics", 200, "\nplimsoll_lb_map_capacity{ip_family=\"IPv4\",map=\"services\"} 1\n"},
 		{r.metric, "/metrics", 200, "\nplimsoll_lb_sync_errors_total 0\n"},
 		{r.metric, "/metrics", 200, "\nkubeproxy_sync_proxy_rules_last_queued_timestamp_seconds{ip_family=\"IPv4\"} "},
 		{r.metric, "/metrics", 200, "\nkubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family=\"IPv4\"} "},
+		{r.metric, "/metrics", 200, "\nkubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family=\"IPv6\"} "},
 		{r.metric, "/metrics", 200, "\nkubeproxy_sync_proxy_rules_duration_seconds_count{ip_family=\"IPv4\"} "},
 	} {
 		if code, text := r.get(page.address, page.path); code != page.code || !strings.Contains(text, page.text) {

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"strconv"
@@ -29,9 +30,6 @@ import (
 
 // Mode is what the agent answers where kube-proxy names its mode.
 const Mode = "ebpf"
-
-// family labels kube-proxy's metrics.
-const family = string(v1.IPv4Protocol)
 
 // registerPartial adds a metric that kube-proxy registers for its own modes only.
 var registerPartial = sync.OnceFunc(func() {
@@ -59,16 +57,26 @@ func newStatus(balancer *lb.Balancer, nodes corelisters.NodeLister, nodeName str
 	}
 	s.registry.MustRegister(s.syncErrors)
 	gauge := func(name, help string, labels map[string]string, value func(lb.Counts) int) {
-		s.registry.RawMustRegister(prometheus.NewGaugeFunc(
-			prometheus.GaugeOpts{Name: name, Help: help, ConstLabels: labels},
-			func() float64 { return float64(value(balancer.Counts())) },
-		))
+		for family, counts := range map[v1.IPFamily]func() lb.Counts{
+			v1.IPv4Protocol: func() lb.Counts { c, _ := balancer.Counts(); return c },
+			v1.IPv6Protocol: func() lb.Counts { _, c := balancer.Counts(); return c },
+		} {
+			labels := maps.Clone(labels)
+			labels["ip_family"] = string(family)
+			s.registry.RawMustRegister(prometheus.NewGaugeFunc(
+				prometheus.GaugeOpts{Name: name, Help: help, ConstLabels: labels},
+				func() float64 { return float64(value(counts())) },
+			))
+		}
 	}
-	const capacity = "Entries that a map has"
-	gauge("plimsoll_lb_frontends", "Frontends in the services map", nil, func(c lb.Counts) int { return c.Frontends })
-	gauge("plimsoll_lb_backends", "Backends of all frontends together", nil, func(c lb.Counts) int { return c.Backends })
-	gauge("plimsoll_lb_map_capacity", capacity, map[string]string{"map": "services"}, func(c lb.Counts) int { return c.ServicesCapacity })
-	gauge("plimsoll_lb_map_capacity", capacity, map[string]string{"map": "backends"}, func(c lb.Counts) int { return c.BackendsCapacity })
+	none, services, backends := map[string]string{}, map[string]string{"map": "services"}, map[string]string{"map": "backends"}
+	gauge("plimsoll_lb_frontends", "Frontends in the services map", none, func(c lb.Counts) int { return c.Frontends })
+	gauge("plimsoll_lb_backends", "Backends of all frontends together", none, func(c lb.Counts) int { return c.Backends })
+	const entries, capacity = "Entries of a map that are taken", "Entries of a map that can be taken"
+	gauge("plimsoll_lb_map_entries", entries, services, func(c lb.Counts) int { return c.Frontends })
+	gauge("plimsoll_lb_map_entries", entries, backends, func(c lb.Counts) int { return c.Slots })
+	gauge("plimsoll_lb_map_capacity", capacity, services, func(c lb.Counts) int { return c.ServicesCapacity })
+	gauge("plimsoll_lb_map_capacity", capacity, backends, func(c lb.Counts) int { return c.BackendsCapacity })
 	return s
 }
 
@@ -88,40 +96,40 @@ func (n node) Node() *v1.Node {
 }
 
 // started says that the loop runs: something is on its way until the first sync is over.
-func (s *status) started() {
-	s.health.Updated(v1.IPv4Protocol)
-	proxymetrics.SyncProxyRulesLastQueuedTimestamp.WithLabelValues(family).SetToCurrentTime()
+func (s *status) started(family v1.IPFamily) {
+	s.health.Updated(family)
+	proxymetrics.SyncProxyRulesLastQueuedTimestamp.WithLabelValues(string(family)).SetToCurrentTime()
 }
 
 // queued says that a sync was asked for.
-func (s *status) queued() {
-	s.health.QueuedUpdate(v1.IPv4Protocol)
-	proxymetrics.SyncProxyRulesLastQueuedTimestamp.WithLabelValues(family).SetToCurrentTime()
+func (s *status) queued(family v1.IPFamily) {
+	s.health.QueuedUpdate(family)
+	proxymetrics.SyncProxyRulesLastQueuedTimestamp.WithLabelValues(string(family)).SetToCurrentTime()
 }
 
 // synced says what came of a sync. One that failed leaves health to go bad when it is late.
-func (s *status) synced(start time.Time, changes, noLocal int, triggers map[types.NamespacedName][]time.Time, err error) {
-	elapsed := time.Since(start)
-	proxymetrics.SyncProxyRulesLatency.WithLabelValues(family).Observe(elapsed.Seconds())
-	proxymetrics.SyncPartialProxyRulesLatency.WithLabelValues(family).Observe(elapsed.Seconds())
+func (s *status) synced(family v1.IPFamily, start time.Time, changes, noLocal int, triggers map[types.NamespacedName][]time.Time, err error) {
+	elapsed, label := time.Since(start), string(family)
+	proxymetrics.SyncProxyRulesLatency.WithLabelValues(label).Observe(elapsed.Seconds())
+	proxymetrics.SyncPartialProxyRulesLatency.WithLabelValues(label).Observe(elapsed.Seconds())
 	if err != nil {
 		failed := 0
 		for range frontendErrors(err) {
 			failed++
 		}
 		s.syncErrors.Add(float64(failed))
-		klog.InfoS("Sync failed in part", "changes", changes, "failed", failed, "elapsed", elapsed, "retry", retryPeriod)
+		klog.InfoS("Sync failed in part", "ipFamily", family, "changes", changes, "failed", failed, "elapsed", elapsed, "retry", retryPeriod)
 		return
 	}
 	for _, times := range triggers {
 		for _, trigger := range times {
-			proxymetrics.NetworkProgrammingLatency.WithLabelValues(family).Observe(time.Since(trigger).Seconds())
+			proxymetrics.NetworkProgrammingLatency.WithLabelValues(label).Observe(time.Since(trigger).Seconds())
 		}
 	}
-	proxymetrics.SyncProxyRulesNoLocalEndpointsTotal.WithLabelValues("internal", family).Set(float64(noLocal))
-	s.health.Updated(v1.IPv4Protocol)
-	proxymetrics.SyncProxyRulesLastTimestamp.WithLabelValues(family).SetToCurrentTime()
-	klog.V(2).InfoS("Synced", "changes", changes, "elapsed", elapsed)
+	proxymetrics.SyncProxyRulesNoLocalEndpointsTotal.WithLabelValues("internal", label).Set(float64(noLocal))
+	s.health.Updated(family)
+	proxymetrics.SyncProxyRulesLastTimestamp.WithLabelValues(label).SetToCurrentTime()
+	klog.V(2).InfoS("Synced", "ipFamily", family, "changes", changes, "elapsed", elapsed)
 }
 
 // servers are HTTP servers that run.

@@ -4,6 +4,7 @@ package agent
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"sync"
 	"time"
@@ -19,10 +20,11 @@ import (
 	"github.com/plimsoll-bench/plimsoll/dataplane/lb"
 )
 
-// A syncer turns what the informers see into changes of the load balancer. Between syncs it remembers which ports
+// A syncer turns what the informers see of an IP family into changes of the load balancer. Between syncs it remembers which ports
 // changed, so that a sync looks at those alone.
 type syncer struct {
 	// Set once.
+	family    v1.IPFamily
 	nodeName  string
 	balancer  *lb.Balancer
 	status    *status
@@ -49,8 +51,9 @@ var (
 	_ proxyconfig.NodeTopologyHandler  = &syncer{}
 )
 
-func newSyncer(cfg Config, balancer *lb.Balancer, status *status) *syncer {
+func newSyncer(cfg Config, family v1.IPFamily, balancer *lb.Balancer, status *status) *syncer {
 	s := &syncer{
+		family:      family,
 		nodeName:    cfg.NodeName,
 		balancer:    balancer,
 		status:      status,
@@ -60,15 +63,15 @@ func newSyncer(cfg Config, balancer *lb.Balancer, status *status) *syncer {
 		gone:        sets.New[lb.Frontend](),
 		noLocal:     sets.New[proxy.ServicePortName](),
 	}
-	s.services = proxy.NewServiceChangeTracker(v1.IPv4Protocol, nil, s.portsChanged)
-	s.endpoints = proxy.NewEndpointsChangeTracker(v1.IPv4Protocol, cfg.NodeName, nil, s.endpointsChanged)
-	s.runner = runner.NewBoundedFrequencyRunner("sync", s.sync, cfg.MinSyncPeriod, retryPeriod, max(time.Hour, cfg.MinSyncPeriod))
+	s.services = proxy.NewServiceChangeTracker(family, nil, s.portsChanged)
+	s.endpoints = proxy.NewEndpointsChangeTracker(family, cfg.NodeName, nil, s.endpointsChanged)
+	s.runner = runner.NewBoundedFrequencyRunner(fmt.Sprintf("sync %s", family), s.sync, cfg.MinSyncPeriod, retryPeriod, max(time.Hour, cfg.MinSyncPeriod))
 	return s
 }
 
 // loop syncs when there is something to, until stop is closed.
 func (s *syncer) loop(stop <-chan struct{}) {
-	s.status.started()
+	s.status.started(s.family)
 	s.runner.Loop(stop)
 }
 
@@ -78,7 +81,7 @@ func (s *syncer) request() {
 	ready := s.servicesSynced && s.slicesSynced
 	s.mu.Unlock()
 	if ready {
-		s.status.queued()
+		s.status.queued(s.family)
 		s.runner.Run()
 	}
 }
@@ -169,7 +172,7 @@ func (s *syncer) sync() error {
 	changes, names := s.changes()
 	err := s.balancer.Sync(changes)
 	s.settle(err, names)
-	s.status.synced(start, len(changes), s.noLocal.Len(), triggers, err)
+	s.status.synced(s.family, start, len(changes), s.noLocal.Len(), triggers, err)
 	return err
 }
 
@@ -261,7 +264,9 @@ func (s *syncer) prune() {
 	}
 	s.pruned = true
 	for frontend := range s.balancer.Frontends() {
-		s.gone.Insert(frontend)
+		if frontend.Address.Addr().Is4() == (s.family == v1.IPv4Protocol) {
+			s.gone.Insert(frontend)
+		}
 	}
 }
 

@@ -16,11 +16,15 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	connectMapBackends   = "backends"
-	connectMapServices   = "services"
+	connectMapBackends4  = "backends4"
+	connectMapBackends6  = "backends6"
+	connectMapServices4  = "services4"
+	connectMapServices6  = "services6"
 	connectProgConnect4  = "connect4"
+	connectProgConnect6  = "connect6"
 	connectVarBucketMask = "bucket_mask"
-	connectVarHashSeed   = "hash_seed"
+	connectVarSeeds4     = "seeds4"
+	connectVarSeeds6     = "seeds6"
 )
 
 // loadConnect returns the embedded CollectionSpec for connect.
@@ -66,14 +70,17 @@ type connectSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type connectProgramSpecs struct {
 	Connect4 *ebpf.ProgramSpec `ebpf:"connect4"`
+	Connect6 *ebpf.ProgramSpec `ebpf:"connect6"`
 }
 
 // connectMapSpecs contains maps before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type connectMapSpecs struct {
-	Backends *ebpf.MapSpec `ebpf:"backends"`
-	Services *ebpf.MapSpec `ebpf:"services"`
+	Backends4 *ebpf.MapSpec `ebpf:"backends4"`
+	Backends6 *ebpf.MapSpec `ebpf:"backends6"`
+	Services4 *ebpf.MapSpec `ebpf:"services4"`
+	Services6 *ebpf.MapSpec `ebpf:"services6"`
 }
 
 // connectVariableSpecs contains global variables before they are loaded into the kernel.
@@ -81,7 +88,8 @@ type connectMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type connectVariableSpecs struct {
 	BucketMask *ebpf.VariableSpec `ebpf:"bucket_mask"`
-	HashSeed   *ebpf.VariableSpec `ebpf:"hash_seed"`
+	Seeds4     *ebpf.VariableSpec `ebpf:"seeds4"`
+	Seeds6     *ebpf.VariableSpec `ebpf:"seeds6"`
 }
 
 // connectObjects contains all objects after they have been loaded into the kernel.
@@ -104,14 +112,18 @@ func (o *connectObjects) Close() error {
 //
 // It can be passed to loadConnectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type connectMaps struct {
-	Backends *ebpf.Map `ebpf:"backends"`
-	Services *ebpf.Map `ebpf:"services"`
+	Backends4 *ebpf.Map `ebpf:"backends4"`
+	Backends6 *ebpf.Map `ebpf:"backends6"`
+	Services4 *ebpf.Map `ebpf:"services4"`
+	Services6 *ebpf.Map `ebpf:"services6"`
 }
 
 func (m *connectMaps) Close() error {
 	return _ConnectClose(
-		m.Backends,
-		m.Services,
+		m.Backends4,
+		m.Backends6,
+		m.Services4,
+		m.Services6,
 	)
 }
 
@@ -120,7 +132,8 @@ func (m *connectMaps) Close() error {
 // It can be passed to loadConnectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type connectVariables struct {
 	BucketMask *ebpf.Variable `ebpf:"bucket_mask"`
-	HashSeed   *ebpf.Variable `ebpf:"hash_seed"`
+	Seeds4     *ebpf.Variable `ebpf:"seeds4"`
+	Seeds6     *ebpf.Variable `ebpf:"seeds6"`
 }
 
 // connectPrograms contains all programs after they have been loaded into the kernel.
@@ -128,11 +141,13 @@ type connectVariables struct {
 // It can be passed to loadConnectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type connectPrograms struct {
 	Connect4 *ebpf.Program `ebpf:"connect4"`
+	Connect6 *ebpf.Program `ebpf:"connect6"`
 }
 
 func (p *connectPrograms) Close() error {
 	return _ConnectClose(
 		p.Connect4,
+		p.Connect6,
 	)
 }
 

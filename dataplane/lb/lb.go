@@ -3,8 +3,9 @@
 // Package lb is a load balancer in the kernel's socket hooks: a connect(2) to a Service address becomes a connect(2) to
 // one of its backends. It knows addresses, not Kubernetes.
 //
-// This version carries TCP and connected UDP over IPv4, at cgroup/connect4. It keeps no reverse state, so getpeername(2)
-// on a translated socket names the backend, and sendto(2) on an unconnected UDP socket is not translated.
+// This version carries TCP and connected UDP over IPv4 and IPv6, at cgroup/connect4 and connect6. It keeps no reverse
+// state, so getpeername(2) on a translated socket names the backend, and sendto(2) on an unconnected UDP socket is not
+// translated.
 package lb
 
 import (
@@ -12,9 +13,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
-	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -41,17 +42,18 @@ const (
 
 // Options are fixed when a Balancer is loaded. The zero value means the defaults.
 type Options struct {
-	// Services is how many frontends the services map holds, at 128 bytes each, rounded up to a power of two and at
-	// least 4 KiB. 0 means DefaultServices.
+	// Services is how many frontends of each IP version there may be, at 128 bytes each, rounded up to a power of two
+	// and at least 4 KiB. 0 means DefaultServices.
 	Services int
-	// Backends is how many backends the backends map holds for all frontends that have more than three, at 8 bytes
-	// each, rounded up to a power of two; eight of them are not used. A frontend with n backends takes n of them
-	// rounded up to a power of two, and twice as many while it changes. 0 means DefaultBackends.
+	// Backends is how many backends of each IP version the backends maps hold: for IPv4 of all frontends that have more
+	// than three, at 8 bytes each; for IPv6 of all, at 32. It is rounded up to a power of two, and eight are not used. A
+	// frontend with n backends takes n of them rounded up to a power of two, and twice as many while it changes. 0 means
+	// DefaultBackends.
 	Backends int
 	// Grace is how long the backends that a frontend had before a change stay untouched for connects that are under
 	// way. 0 means DefaultGrace.
 	Grace time.Duration
-	// PinDir is a folder on a bpffs under which maps and link are pinned, in a folder named for their layout, so that
+	// PinDir is a folder on a bpffs under which maps and links are pinned, in a folder named for their layout, so that
 	// connects go on being translated while no process holds them. Load takes over what it finds there. Deleting the
 	// folder removes all that outlives the process. Empty means that nothing does.
 	PinDir string
@@ -84,24 +86,38 @@ func (o Options) validate() error {
 	return nil
 }
 
-// A Balancer is the program with its maps. Its methods may be called from several goroutines.
+// A Balancer is the programs with their maps. Its methods may be called from several goroutines.
 type Balancer struct {
 	// Set once by Load.
 	options Options
 	objects connectObjects
-	memory  []byte   // the backends map, shared with the program
-	slots   []uint64 // the same, as words
 
 	// Guarded by mu.
-	mu       sync.Mutex
-	link     link.Link      // nil until Attach
-	table    *table         // the services map
-	regions  *regions       // which of slots are taken
-	retired  retiredRegions // which of them wait for their readers
-	backends int            // of all frontends together
+	mu         sync.Mutex
+	links      []link.Link // one for each hook; nil until Attach
+	ipv4, ipv6 *family
 }
 
-// Load creates the maps and loads the program, attached to nothing yet. With a PinDir that a former Balancer of the same
+// families lists those that are there: both, once Load has succeeded.
+func (b *Balancer) families() []*family {
+	return slices.DeleteFunc([]*family{b.ipv4, b.ipv6}, func(f *family) bool { return f == nil })
+}
+
+// A hook is a place in the kernel with the program for it.
+type hook struct {
+	name    string
+	attach  ebpf.AttachType
+	program *ebpf.Program
+}
+
+func (b *Balancer) hooks() []hook {
+	return []hook{
+		{connectProgConnect4, ebpf.AttachCGroupInet4Connect, b.objects.Connect4},
+		{connectProgConnect6, ebpf.AttachCGroupInet6Connect, b.objects.Connect6},
+	}
+}
+
+// Load creates the maps and loads the programs, attached to nothing yet. With a PinDir that a former Balancer of the same
 // sizes left, it continues with that one's frontends.
 //
 // It needs Linux 5.18 (bpf_set_retval in connect hooks) and CAP_BPF with CAP_NET_ADMIN, as root has.
@@ -129,28 +145,38 @@ func Load(options Options) (_ *Balancer, err error) {
 			err = errors.Join(err, m.Close()) // objects has its own copies
 		}
 	}()
-	if err := b.shareMaps(maps); err != nil {
+	if b.ipv4, err = newFamily(b.options, keyWords4, slotWords4, maps[connectMapServices4], maps[connectMapBackends4]); err != nil {
 		return nil, err
 	}
-	if err := errors.Join(
-		spec.Variables["hash_seed"].Set(b.table.seed),
-		spec.Variables["bucket_mask"].Set(uint32(len(b.table.buckets)-1)),
-	); err != nil {
-		return nil, fmt.Errorf("constants of the program: %w", err)
+	if b.ipv6, err = newFamily(b.options, keyWords6, slotWords6, maps[connectMapServices6], maps[connectMapBackends6]); err != nil {
+		return nil, err
+	}
+	for name, value := range map[string]any{
+		"seeds4": b.ipv4.table.seeds, "seeds6": b.ipv6.table.seeds, "bucket_mask": uint32(len(b.ipv4.table.buckets) - 1),
+	} {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return nil, fmt.Errorf("constant of the programs: %w", err)
+		}
 	}
 	if err := spec.LoadAndAssign(&b.objects, &ebpf.CollectionOptions{MapReplacements: maps}); err != nil {
 		return nil, b.explainLoad(err)
 	}
-	if err := b.takeOver(); err != nil {
-		return nil, err
+	for _, f := range b.families() {
+		if err := f.takeOver(); err != nil {
+			return nil, fmt.Errorf("maps in %s: %w (delete the folder)", b.pinDir(), err)
+		}
 	}
 	return b, nil
 }
 
 // openMaps makes the maps that are written here, or opens those that are pinned.
 func (b *Balancer) openMaps(spec *ebpf.CollectionSpec) (_ map[string]*ebpf.Map, err error) {
-	spec.Maps[connectMapServices].MaxEntries = uint32(tableBuckets(b.options.Services) + 1)
-	spec.Maps[connectMapBackends].MaxEntries = uint32(b.options.Backends)
+	entries := map[string]int{
+		connectMapServices4: tableBuckets(b.options.Services) + 1,
+		connectMapServices6: tableBuckets(b.options.Services) + 1,
+		connectMapBackends4: b.options.Backends,
+		connectMapBackends6: b.options.Backends,
+	}
 	pin := ebpf.MapOptions{}
 	if b.options.PinDir != "" {
 		if err := os.MkdirAll(b.pinDir(), 0o700); err != nil {
@@ -159,7 +185,8 @@ func (b *Balancer) openMaps(spec *ebpf.CollectionSpec) (_ map[string]*ebpf.Map, 
 		pin.PinPath = b.pinDir()
 	}
 	maps := make(map[string]*ebpf.Map)
-	for _, name := range []string{connectMapServices, connectMapBackends} {
+	for name, n := range entries {
+		spec.Maps[name].MaxEntries = uint32(n)
 		if pin.PinPath != "" {
 			spec.Maps[name].Pinning = ebpf.PinByName
 		}
@@ -181,106 +208,59 @@ func (b *Balancer) explainLoad(err error) error {
 	case errors.Is(err, ebpf.ErrMapIncompatible):
 		return fmt.Errorf("maps pinned in %s have other sizes (delete the folder, or keep its sizes): %w", b.pinDir(), err)
 	case errors.Is(err, ebpf.ErrNotSupported):
-		return fmt.Errorf("load connect4: %w: %w", ErrNotSupported, err)
+		return fmt.Errorf("load the connect hooks: %w: %w", ErrNotSupported, err)
 	case errors.Is(features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSetRetval), ebpf.ErrNotSupported):
-		return fmt.Errorf("load connect4: bpf_set_retval (Linux 5.18): %w: %w", ErrNotSupported, err)
+		return fmt.Errorf("load the connect hooks: bpf_set_retval (Linux 5.18): %w: %w", ErrNotSupported, err)
 	case errors.Is(err, unix.EPERM):
-		return fmt.Errorf("load connect4: BPF is not permitted here (want root, or CAP_BPF and CAP_NET_ADMIN): %w", err)
+		return fmt.Errorf("load the connect hooks: BPF is not permitted here (want root, or CAP_BPF and CAP_NET_ADMIN): %w", err)
 	}
-	return fmt.Errorf("load connect4: %w", err)
+	return fmt.Errorf("load the connect hooks: %w", err)
 }
 
-// shareMaps shares the maps' memory with this process: writing a word is then one store that a reader sees whole or not
-// at all, and takes no system call.
-func (b *Balancer) shareMaps(maps map[string]*ebpf.Map) error {
-	services, err := shareMap(maps[connectMapServices])
-	if err != nil {
-		return err
-	}
-	if b.table, err = newTable(services); err != nil {
-		return errors.Join(err, unix.Munmap(services))
-	}
-	if b.memory, err = shareMap(maps[connectMapBackends]); err != nil {
-		return err
-	}
-	b.slots = unsafe.Slice((*uint64)(unsafe.Pointer(unsafe.SliceData(b.memory))), b.options.Backends)
-	b.regions = newRegions(b.options.Backends)
-	b.regions.reserve(unused)
-	return nil
-}
-
-// shareMap gives the memory of an array map, which begins with a page and whose elements follow each other.
-func shareMap(m *ebpf.Map) ([]byte, error) {
-	page := os.Getpagesize()
-	size := (int(m.MaxEntries())*int(m.ValueSize()) + page - 1) / page * page
-	memory, err := unix.Mmap(m.FD(), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
-	if err != nil {
-		return nil, fmt.Errorf("share the memory of %v: %w", m, err)
-	}
-	return memory, nil
-}
-
-// takeOver makes this process's picture of the maps from what they hold.
-func (b *Balancer) takeOver() error {
-	for k, e := range b.table.all() {
-		w := e.word()
-		if b.table.find(k) != e || w.owner() != b.table.owner(k) {
-			return fmt.Errorf("frontend %v in %s is not where it belongs (delete the folder)", k.frontend(), b.pinDir())
-		}
-		inline := w.base() == firstInline || w.base() == otherInline
-		if n := w.count(); n > 0 && w.inline() && (!inline || n > maxInline) || n > 0 && !w.inline() && !b.regions.reserve(w.region()) {
-			return fmt.Errorf("frontend %v in %s claims backends %d to %d, which are not its own (delete the folder)",
-				k.frontend(), b.pinDir(), w.base(), w.base()+n-1)
-		}
-		b.table.used++
-		b.backends += w.count()
-	}
-	return nil
-}
-
-// Attach lets the program see every connect(2) of the processes in a cgroup2 folder and its sub-folders. With a PinDir it
-// replaces the program that a former Balancer attached there: no connect goes untranslated meanwhile.
+// Attach lets the programs see every connect(2) of the processes in a cgroup2 folder and its sub-folders. With a PinDir it
+// replaces the programs that a former Balancer attached there: no connect goes untranslated meanwhile. After an error some
+// may be attached: Detach, or Close without a PinDir, ends that.
 func (b *Balancer) Attach(cgroup string) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.link != nil {
-		return errors.New("connect4 is attached already")
+	if b.links != nil {
+		return errors.New("the connect hooks are attached already")
 	}
 	if err := checkCgroup(cgroup); err != nil {
-		return fmt.Errorf("attach connect4 to %s: %w", cgroup, err)
+		return fmt.Errorf("attach the connect hooks to %s: %w", cgroup, err)
 	}
-	l, err := b.attach(cgroup)
-	if errors.Is(err, ebpf.ErrNotSupported) {
-		err = fmt.Errorf("%w: %w", ErrNotSupported, err)
+	for _, h := range b.hooks() {
+		if err := b.attach(h, cgroup); err != nil {
+			if errors.Is(err, ebpf.ErrNotSupported) {
+				err = fmt.Errorf("%w: %w", ErrNotSupported, err)
+			}
+			return fmt.Errorf("attach %s to %s: %w", h.name, cgroup, err)
+		}
 	}
-	if err != nil {
-		return fmt.Errorf("attach connect4 to %s: %w", cgroup, err)
-	}
-	b.link = l
 	return nil
 }
 
-func (b *Balancer) attach(cgroup string) (link.Link, error) {
+func (b *Balancer) attach(h hook, cgroup string) error {
 	if b.options.PinDir != "" {
-		l, err := b.replacePinned(cgroup)
+		l, err := b.replacePinned(h, cgroup)
+		if l != nil {
+			b.links = append(b.links, l)
+		}
 		if l != nil || err != nil {
-			return l, err
+			return err
 		}
 	}
-	l, err := link.AttachCgroup(link.CgroupOptions{
-		Path:    cgroup,
-		Attach:  ebpf.AttachCGroupInet4Connect,
-		Program: b.objects.Connect4,
-	})
+	l, err := link.AttachCgroup(link.CgroupOptions{Path: cgroup, Attach: h.attach, Program: h.program})
 	if err != nil {
-		return nil, err
+		return err
 	}
+	b.links = append(b.links, l)
 	if b.options.PinDir != "" {
-		if err := l.Pin(b.linkPin()); err != nil {
-			return nil, errors.Join(fmt.Errorf("pin the link: %w", err), l.Close())
+		if err := l.Pin(b.linkPin(h)); err != nil {
+			return fmt.Errorf("pin the link: %w", err)
 		}
 	}
-	return l, nil
+	return nil
 }
 
 // checkCgroup returns an error for what is no cgroup2 folder, and for the root of the hierarchy.
@@ -304,17 +284,20 @@ func checkCgroup(cgroup string) error {
 func (b *Balancer) Detach() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.link == nil {
-		return nil
+	return b.detach()
+}
+
+func (b *Balancer) detach() error {
+	var errs []error
+	for _, l := range b.links {
+		if b.options.PinDir != "" {
+			errs = append(errs, l.Unpin())
+		}
+		errs = append(errs, l.Close())
 	}
-	var unpin error
-	if b.options.PinDir != "" {
-		unpin = b.link.Unpin()
-	}
-	err := errors.Join(unpin, b.link.Close())
-	b.link = nil
-	if err != nil {
-		return fmt.Errorf("detach connect4: %w", err)
+	b.links = nil
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("detach: %w", err)
 	}
 	return nil
 }
@@ -324,21 +307,17 @@ func (b *Balancer) Close() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	var errs []error
-	if b.link != nil {
-		errs = append(errs, b.link.Close())
-		b.link = nil
+	for _, l := range b.links {
+		errs = append(errs, l.Close())
 	}
-	if b.memory != nil {
-		errs = append(errs, unix.Munmap(b.memory))
-		b.memory, b.slots = nil, nil
-	}
-	if b.table != nil {
-		errs = append(errs, b.table.close())
+	b.links = nil
+	for _, f := range b.families() {
+		errs = append(errs, f.close())
 	}
 	return errors.Join(append(errs, b.objects.Close())...)
 }
 
-// Counts tells how full the maps are.
+// Counts tells how full the maps of an IP version are.
 type Counts struct {
 	Frontends        int // frontends in the services map
 	Backends         int // backends of all frontends together, in either map
@@ -348,14 +327,8 @@ type Counts struct {
 }
 
 // Counts tells how full the maps are now.
-func (b *Balancer) Counts() Counts {
+func (b *Balancer) Counts() (ipv4, ipv6 Counts) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return Counts{
-		Frontends:        b.table.used,
-		Backends:         b.backends,
-		Slots:            b.regions.taken() - entryWords,
-		ServicesCapacity: b.options.Services,
-		BackendsCapacity: b.options.Backends - entryWords,
-	}
+	return b.ipv4.counts(), b.ipv6.counts()
 }

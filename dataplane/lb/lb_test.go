@@ -85,58 +85,95 @@ func wantErrors(tb testing.TB, got lbtest.Outcome, n int, number unix.Errno) {
 
 const vip = "10.96.0.10:80"
 
-func TestConnect(t *testing.T) {
-	pod := lbtest.StartPod(t)
-	for _, network := range []string{"tcp", "udp"} {
-		pod.Listen(t, network, "127.0.0.1:8080")
-		pod.Listen(t, network, "127.0.0.2:8081")
-	}
-	b := mustLoad(t, pod, lb.Options{})
+// A ground is what the same tests are made on for each IP version.
+type ground struct {
+	name                string
+	tcp, udp            string // networks of clients
+	vip, neighbour      string
+	otherPort           string // of vip
+	first, second, last string // backends' addresses
+}
 
-	t.Run("an unknown address is untouched", func(t *testing.T) {
-		wantAnswers(t, pod.Connect(t, "tcp", "127.0.0.1:8080", 1), 1, "127.0.0.1:8080")
-		wantErrors(t, pod.Connect(t, "tcp", vip, 1), 1, unix.ENETUNREACH)
-	})
-	t.Run("a TCP frontend is answered by its backends", func(t *testing.T) {
-		mustSync(t, b, to(tcp(vip), "127.0.0.1:8080", "127.0.0.2:8081"))
-		wantAnswers(t, pod.Connect(t, "tcp", vip, 50), 50, "127.0.0.1:8080", "127.0.0.2:8081")
-	})
-	t.Run("UDP at the same address and port is another frontend", func(t *testing.T) {
-		wantErrors(t, pod.Connect(t, "udp", vip, 1), 1, unix.ENETUNREACH)
-		mustSync(t, b, to(udp(vip), "127.0.0.2:8081"))
-		wantAnswers(t, pod.Connect(t, "udp", vip, 20), 20, "127.0.0.2:8081")
-	})
-	t.Run("another port is not", func(t *testing.T) {
-		wantErrors(t, pod.Connect(t, "tcp", "10.96.0.10:81", 1), 1, unix.ENETUNREACH)
-	})
-	t.Run("a change of backends moves the next connect", func(t *testing.T) {
-		mustSync(t, b, to(tcp(vip), "127.0.0.2:8081"))
-		wantAnswers(t, pod.Connect(t, "tcp", vip, 50), 50, "127.0.0.2:8081")
-	})
-	t.Run("no backends refuse at once", func(t *testing.T) {
-		mustSync(t, b, to(tcp(vip)), to(udp(vip)))
-		wantErrors(t, pod.Connect(t, "tcp", vip, 3), 3, unix.ECONNREFUSED)
-		wantErrors(t, pod.Connect(t, "udp", vip, 3), 3, unix.ECONNREFUSED)
-	})
-	t.Run("backends come back", func(t *testing.T) {
-		mustSync(t, b, to(tcp(vip), "127.0.0.1:8080"))
-		wantAnswers(t, pod.Connect(t, "tcp", vip, 3), 3, "127.0.0.1:8080")
-	})
-	t.Run("a withdrawn frontend is not translated", func(t *testing.T) {
-		mustSync(t, b, lb.Change{Frontend: tcp(vip), Withdraw: true}, lb.Change{Frontend: udp(vip), Withdraw: true})
-		wantErrors(t, pod.Connect(t, "tcp", vip, 1), 1, unix.ENETUNREACH)
-		mustSync(t, b, lb.Change{Frontend: tcp(vip), Withdraw: true})
-	})
-	t.Run("detaching ends translation", func(t *testing.T) {
-		mustSync(t, b, to(tcp(vip), "127.0.0.1:8080"))
-		if err := b.Detach(); err != nil {
-			t.Fatal(err)
-		}
-		wantErrors(t, pod.Connect(t, "tcp", vip, 1), 1, unix.ENETUNREACH)
-		if err := b.Attach(pod.Cgroup); err != nil {
-			t.Fatal(err)
-		}
-		wantAnswers(t, pod.Connect(t, "tcp", vip, 1), 1, "127.0.0.1:8080")
+var grounds = []ground{
+	{"IPv4", "tcp", "udp", vip, "10.96.0.11:80", "10.96.0.10:81", "127.0.0.1:8080", "127.0.0.2:8081", "127.0.0.3:8080"},
+	{"IPv6", "tcp", "udp", "[fd00:96::10]:80", "[fd00:96::11]:80", "[fd00:96::10]:81", "[fd00::1]:8080", "[fd00::2]:8081", "[fd00::3]:8080"},
+	{"IPv4 mapped into IPv6", "tcp6", "udp6", vip, "10.96.0.11:80", "10.96.0.10:81", "127.0.0.1:8080", "127.0.0.2:8081", "127.0.0.3:8080"},
+}
+
+// onEach runs a test on each ground, with a pod whose backends listen.
+func onEach(t *testing.T, test func(*testing.T, *lbtest.Pod, ground)) {
+	for _, g := range grounds {
+		t.Run(g.name, func(t *testing.T) {
+			pod := lbtest.StartPod(t)
+			for _, address := range []string{g.first, g.second, g.last} {
+				if a := netip.MustParseAddrPort(address).Addr(); a.Is6() {
+					pod.AddAddress(t, a.String()+"/128")
+				}
+				pod.Listen(t, "tcp", address)
+				pod.Listen(t, "udp", address)
+			}
+			test(t, pod, g)
+		})
+	}
+}
+
+func TestConnect(t *testing.T) {
+	onEach(t, func(t *testing.T, pod *lbtest.Pod, g ground) {
+		b := mustLoad(t, pod, lb.Options{})
+
+		t.Run("an unknown address is untouched", func(t *testing.T) {
+			wantAnswers(t, pod.Connect(t, g.tcp, g.first, 1), 1, g.first)
+			wantErrors(t, pod.Connect(t, g.tcp, g.vip, 1), 1, unix.ENETUNREACH)
+		})
+		t.Run("a TCP frontend is answered by its backends", func(t *testing.T) {
+			mustSync(t, b, to(tcp(g.vip), g.first, g.second))
+			wantAnswers(t, pod.Connect(t, g.tcp, g.vip, 50), 50, g.first, g.second)
+		})
+		t.Run("UDP at the same address and port is another frontend", func(t *testing.T) {
+			wantErrors(t, pod.Connect(t, g.udp, g.vip, 1), 1, unix.ENETUNREACH)
+			mustSync(t, b, to(udp(g.vip), g.second))
+			wantAnswers(t, pod.Connect(t, g.udp, g.vip, 20), 20, g.second)
+		})
+		t.Run("another port is not", func(t *testing.T) {
+			wantErrors(t, pod.Connect(t, g.tcp, g.otherPort, 1), 1, unix.ENETUNREACH)
+		})
+		t.Run("a change of backends moves the next connect", func(t *testing.T) {
+			mustSync(t, b, to(tcp(g.vip), g.second))
+			wantAnswers(t, pod.Connect(t, g.tcp, g.vip, 50), 50, g.second)
+		})
+		t.Run("many backends all answer", func(t *testing.T) {
+			mustSync(t, b, to(tcp(g.vip), g.first, g.second, g.last, g.first, g.second))
+			got := pod.Connect(t, g.tcp, g.vip, 100)
+			wantAnswers(t, got, 100, g.first, g.second, g.last)
+			if len(got.Answers) != 3 {
+				t.Errorf("want answers of three backends, got %v", got.Answers)
+			}
+		})
+		t.Run("no backends refuse at once", func(t *testing.T) {
+			mustSync(t, b, to(tcp(g.vip)), to(udp(g.vip)))
+			wantErrors(t, pod.Connect(t, g.tcp, g.vip, 3), 3, unix.ECONNREFUSED)
+			wantErrors(t, pod.Connect(t, g.udp, g.vip, 3), 3, unix.ECONNREFUSED)
+		})
+		t.Run("backends come back", func(t *testing.T) {
+			mustSync(t, b, to(tcp(g.vip), g.first))
+			wantAnswers(t, pod.Connect(t, g.tcp, g.vip, 3), 3, g.first)
+		})
+		t.Run("a withdrawn frontend is not translated", func(t *testing.T) {
+			mustSync(t, b, lb.Change{Frontend: tcp(g.vip), Withdraw: true}, lb.Change{Frontend: udp(g.vip), Withdraw: true})
+			wantErrors(t, pod.Connect(t, g.tcp, g.vip, 1), 1, unix.ENETUNREACH)
+			mustSync(t, b, lb.Change{Frontend: tcp(g.vip), Withdraw: true})
+		})
+		t.Run("detaching ends translation", func(t *testing.T) {
+			mustSync(t, b, to(tcp(g.vip), g.first))
+			if err := b.Detach(); err != nil {
+				t.Fatal(err)
+			}
+			wantErrors(t, pod.Connect(t, g.tcp, g.vip, 1), 1, unix.ENETUNREACH)
+			if err := b.Attach(pod.Cgroup); err != nil {
+				t.Fatal(err)
+			}
+			wantAnswers(t, pod.Connect(t, g.tcp, g.vip, 1), 1, g.first)
+		})
 	})
 }
 
@@ -168,32 +205,29 @@ func TestUniform(t *testing.T) {
 // No connect is lost or goes astray while its frontend and its neighbours change as fast as they can. The grace period
 // is the shortest there is and all are in one bucket, so that regions and entries are used again at once.
 func TestFlip(t *testing.T) {
-	pod := lbtest.StartPod(t)
-	for _, address := range []string{"127.0.0.1:8080", "127.0.0.2:8080", "127.0.0.3:8080"} {
-		pod.Listen(t, "tcp", address)
-	}
-	b := mustLoad(t, pod, lb.Options{Services: 2, Backends: 64, Grace: 1})
-	first, second := "127.0.0.1:8080", "127.0.0.2:8080"
-	states := [][]string{{first}, {second, first}, {first, second, first, second}, {second}, {second, second, first}}
-	mustSync(t, b, to(tcp(vip), states[0]...))
+	onEach(t, func(t *testing.T, pod *lbtest.Pod, g ground) {
+		b := mustLoad(t, pod, lb.Options{Services: 2, Backends: 64, Grace: 1})
+		states := [][]string{{g.first}, {g.second, g.first}, {g.first, g.second, g.first, g.second}, {g.second}, {g.second, g.second, g.first}}
+		mustSync(t, b, to(tcp(g.vip), states[0]...))
 
-	stop := pod.Hammer(t, "tcp", vip)
-	flips := 0
-	for deadline := time.Now().Add(2 * time.Second); time.Now().Before(deadline); flips++ {
-		neighbour := lb.Change{Frontend: tcp("10.96.0.11:80"), Withdraw: flips%2 == 0}
-		if !neighbour.Withdraw {
-			neighbour = to(neighbour.Frontend, "127.0.0.3:8080")
+		stop := pod.Hammer(t, g.tcp, g.vip)
+		flips := 0
+		for deadline := time.Now().Add(2 * time.Second); time.Now().Before(deadline); flips++ {
+			neighbour := lb.Change{Frontend: tcp(g.neighbour), Withdraw: flips%2 == 0}
+			if !neighbour.Withdraw {
+				neighbour = to(neighbour.Frontend, g.last)
+			}
+			mustSync(t, b, to(tcp(g.vip), states[flips%len(states)]...), neighbour)
 		}
-		mustSync(t, b, to(tcp(vip), states[flips%len(states)]...), neighbour)
-	}
-	got := stop()
-	t.Logf("%d flips: %+v", flips, got)
-	if got.Answers["127.0.0.3:8080"] > 0 || len(got.Errors) > 0 {
-		t.Errorf("lost or astray: %+v", got)
-	}
-	if got.Answers["127.0.0.1:8080"] == 0 || got.Answers["127.0.0.2:8080"] == 0 {
-		t.Errorf("want both backends seen, got %+v", got)
-	}
+		got := stop()
+		t.Logf("%d flips: %+v", flips, got)
+		if got.Answers[g.last] > 0 || len(got.Errors) > 0 {
+			t.Errorf("lost or astray: %+v", got)
+		}
+		if got.Answers[g.first] == 0 || got.Answers[g.second] == 0 {
+			t.Errorf("want both backends seen, got %+v", got)
+		}
+	})
 }
 
 func TestFullMaps(t *testing.T) {
@@ -224,7 +258,7 @@ func TestFullMaps(t *testing.T) {
 		mustSync(t, b, lb.Change{Frontend: small, Withdraw: true})
 		mustSync(t, b, to(large, backends[:8]...))
 		wantAnswers(t, pod.Connect(t, "tcp", large.Address.String(), 5), 5, "127.0.0.1:8080")
-		if got := b.Counts(); got.Frontends != 2 || got.Backends != 11 || got.Slots != got.BackendsCapacity {
+		if got, _ := b.Counts(); got.Frontends != 2 || got.Backends != 11 || got.Slots != got.BackendsCapacity {
 			t.Errorf("want 2 frontends with 11 backends that fill the map, got %+v", got)
 		}
 	})
@@ -243,19 +277,32 @@ func TestSyncRefuses(t *testing.T) {
 	pod := lbtest.StartPod(t)
 	b := mustLoad(t, pod, lb.Options{})
 	for name, change := range map[string]lb.Change{
-		"frontend [fd00::1]:80 is not IPv4":  to(tcp("[fd00::1]:80"), "127.0.0.1:80"),
-		"backend [fd00::2]:80 is not IPv4":   to(tcp(vip), "[fd00::2]:80"),
-		"backend 127.0.0.1:0 has no port":    to(tcp(vip), "127.0.0.1:0"),
-		"frontend 10.96.0.10:0 has no port":  to(tcp("10.96.0.10:0"), "127.0.0.1:80"),
-		"65536 backends: want at most 65535": {Frontend: tcp(vip), Backends: make([]netip.AddrPort, 65536)},
+		"frontend 0.0.0.0:80 is not the address of a host":       to(tcp("0.0.0.0:80"), "127.0.0.1:80"),
+		"frontend [::]:80 is not the address of a host":          to(tcp("[::]:80"), "[::1]:80"),
+		"frontend [fe80::1%lo]:80 is not the address of a host":  to(tcp("[fe80::1%lo]:80"), "[::1]:80"),
+		"frontend [ff02::1]:80 is not the address of a host":     to(tcp("[ff02::1]:80"), "[::1]:80"),
+		"frontend invalid AddrPort is not the address of a host": {Withdraw: true},
+		"backend [fd00::2]:80 is of another IP version":          to(tcp(vip), "[fd00::2]:80"),
+		"backend 127.0.0.1:80 is of another IP version":          to(tcp("[fd00:96::10]:80"), "127.0.0.1:80"),
+		"backend 127.0.0.1:0 has no port":                        to(tcp(vip), "127.0.0.1:0"),
+		"frontend 10.96.0.10:0 has no port":                      to(tcp("10.96.0.10:0"), "127.0.0.1:80"),
+		"65536 backends: want at most 65535":                     {Frontend: tcp(vip), Backends: make([]netip.AddrPort, 65536)},
 	} {
 		if err := b.Sync([]lb.Change{change}); err == nil || !strings.Contains(err.Error(), name) {
 			t.Errorf("want %q, got %v", name, err)
 		}
 	}
-	if got := b.Counts(); got.Frontends != 0 || got.Slots != 0 {
-		t.Errorf("want nothing published, got %+v", got)
+	for _, got := range counts(b) {
+		if got.Frontends != 0 || got.Slots != 0 {
+			t.Errorf("want nothing published, got %+v", got)
+		}
 	}
+}
+
+// counts are those of both IP versions.
+func counts(b *lb.Balancer) [2]lb.Counts {
+	ipv4, ipv6 := b.Counts()
+	return [2]lb.Counts{ipv4, ipv6}
 }
 
 func TestAttachRefuses(t *testing.T) {
@@ -285,6 +332,7 @@ func TestPins(t *testing.T) {
 	pod := lbtest.StartPod(t)
 	pod.Listen(t, "tcp", "127.0.0.1:8080")
 	pod.Listen(t, "tcp", "127.0.0.2:8080")
+	pod.Listen(t, "tcp", "[::1]:8080")
 	options := lb.Options{PinDir: lbtest.MountBPF(t)}
 	load := func() *lb.Balancer {
 		b, err := lb.Load(options)
@@ -300,8 +348,9 @@ func TestPins(t *testing.T) {
 
 	first := load()
 	many := to(tcp("10.96.0.12:80"), slices.Repeat([]string{"127.0.0.1:8080", "127.0.0.2:8080"}, 3)...)
-	mustSync(t, first, to(tcp(vip), "127.0.0.1:8080"), to(other, "127.0.0.1:8080", "127.0.0.2:8080"), many)
-	before := first.Counts()
+	six := to(tcp("[fd00:96::10]:80"), "[::1]:8080")
+	mustSync(t, first, to(tcp(vip), "127.0.0.1:8080"), to(other, "127.0.0.1:8080", "127.0.0.2:8080"), many, six)
+	before := counts(first)
 	if err := first.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -309,17 +358,18 @@ func TestPins(t *testing.T) {
 
 	stop := pod.Hammer(t, "tcp", vip)
 	second := load()
-	if got := second.Counts(); got != before {
+	if got := counts(second); got != before {
 		t.Errorf("taken over: want %+v, got %+v", before, got)
 	}
 	frontends := slices.SortedFunc(second.Frontends(), func(a, b lb.Frontend) int { return a.Address.Compare(b.Address) })
-	if want := []lb.Frontend{tcp(vip), other, many.Frontend}; !slices.Equal(frontends, want) {
+	if want := []lb.Frontend{tcp(vip), other, many.Frontend, six.Frontend}; !slices.Equal(frontends, want) {
 		t.Errorf("taken over: want %v, got %v", want, frontends)
 	}
 	mustSync(t, second, to(tcp(vip), "127.0.0.2:8080"))
 	got := stop()
 	wantAnswers(t, got, got.Answers["127.0.0.1:8080"]+got.Answers["127.0.0.2:8080"], slices.Collect(maps.Keys(got.Answers))...)
 	wantAnswers(t, pod.Connect(t, "tcp", vip, 5), 5, "127.0.0.2:8080")
+	wantAnswers(t, pod.Connect(t, "tcp", six.Frontend.Address.String(), 5), 5, "[::1]:8080")
 	for _, f := range []lb.Frontend{other, many.Frontend} {
 		wantAnswers(t, pod.Connect(t, "tcp", f.Address.String(), 5), 5, "127.0.0.1:8080", "127.0.0.2:8080")
 	}

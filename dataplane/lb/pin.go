@@ -13,15 +13,15 @@ import (
 )
 
 // layout names the folder of the pins. It changes with what the words in the maps mean.
-const layout = "v2"
+const layout = "v3"
 
-func (b *Balancer) pinDir() string  { return filepath.Join(b.options.PinDir, layout) }
-func (b *Balancer) linkPin() string { return filepath.Join(b.pinDir(), connectProgConnect4) }
+func (b *Balancer) pinDir() string        { return filepath.Join(b.options.PinDir, layout) }
+func (b *Balancer) linkPin(h hook) string { return filepath.Join(b.pinDir(), h.name) }
 
-// replacePinned puts this Balancer's program in the place of the one that a pinned link attached to cgroup. It returns
-// nil if there is none. A pinned link to another cgroup, or to one that is gone, is removed.
-func (b *Balancer) replacePinned(cgroup string) (link.Link, error) {
-	l, err := link.LoadPinnedLink(b.linkPin(), nil)
+// replacePinned puts a hook's program in the place of the one that a pinned link attached to cgroup. It returns nil if
+// there is none. A pinned link to another cgroup, or to one that is gone, is removed.
+func (b *Balancer) replacePinned(h hook, cgroup string) (link.Link, error) {
+	l, err := link.LoadPinnedLink(b.linkPin(h), nil)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}
@@ -38,7 +38,7 @@ func (b *Balancer) replacePinned(cgroup string) (link.Link, error) {
 		}
 		return nil, nil
 	}
-	if err := l.Update(b.objects.Connect4); err != nil {
+	if err := l.Update(h.program); err != nil {
 		return nil, errors.Join(fmt.Errorf("replace the program: %w", err), l.Close())
 	}
 	return l, nil

@@ -7,46 +7,46 @@ import (
 	"encoding/binary"
 	"fmt"
 	"iter"
+	"slices"
 	"sync/atomic"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
 
-// An entry is one frontend in the services map: its key, its word, and room for two sets of backends, so that a change
-// writes one while connects read the other. See connect.bpf.c. It is a cache line.
+// An entry is one frontend in a services map: its key, its word, and for IPv4 room for two sets of backends, so that a
+// change writes one while connects read the other. See connect.bpf.c. It is a cache line.
 type entry [entryWords]uint64
 
 const (
 	entryWords  = 8
-	entryKey    = 0
-	entryWord   = 1
-	firstInline = 2 // base of the one set of backends in the entry
+	firstInline = 2 // base of the one set of backends in an entry of IPv4
 	otherInline = firstInline + maxInline
-	maxInline   = 3 // backends that an entry has room for, twice
+	maxInline   = 3 // backends that it has room for, twice
 
 	bucketEntries = 64
 	bucketSize    = bucketEntries * entryWords * 8
 )
 
-// What stands in place of a key where there is none. Neither is the key of a frontend: one has no port, the other a scope
-// that does not exist.
+// What stands in place of the first word of a key where there is none. Neither is that of a frontend: one has no port, the
+// other a scope that does not exist.
 const (
 	emptyKey   = 0         // ends a look-up
 	deletedKey = 1<<64 - 1 // does not
 )
 
-// A table is the services map, whose memory this process shares with the program: a hash table with open addressing, in
-// buckets of one page each. Only one process writes, and every write is one word, so that a look-up at any moment finds
-// a frontend whole or not at all. Entries never move.
+// A table is the services map of a family, whose memory this process shares with the programs: a hash table with open
+// addressing, in buckets of one page each. Only one process writes, and every write that counts is one word, so that a
+// look-up at any moment finds a frontend whole or not at all. Entries never move.
 //
 // Note: a hash map of the kernel was the first plan. Its bucket, its element and the backends each lie in a page of their
 // own; here one page and one cache line are read, which matters most where system calls empty the TLB (docs/method.md).
 type table struct {
-	memory  []byte
-	buckets [][bucketEntries]entry
-	seed    uint64 // odd
-	used    int    // entries that hold a frontend
+	keyWords int
+	memory   []byte
+	buckets  [][bucketEntries]entry
+	seeds    []uint64 // odd, as many as keyWords
+	used     int      // entries that hold a frontend
 }
 
 // tableBuckets is how many buckets, a power of two, keep the table half empty with so many frontends.
@@ -54,19 +54,22 @@ func tableBuckets(services int) int {
 	return roundUpPowerOfTwo((2*services + bucketEntries - 1) / bucketEntries)
 }
 
-// newTable makes a table of the memory of a map that may be new. The element after the buckets keeps the seed.
-func newTable(memory []byte) (*table, error) {
+// newTable makes a table of the memory of a map that may be new. The element after the buckets keeps the seeds.
+func newTable(memory []byte, keyWords int) (*table, error) {
 	n := len(memory)/bucketSize - 1
 	all := unsafe.Slice((*[bucketEntries]entry)(unsafe.Pointer(unsafe.SliceData(memory))), n+1)
-	seed := &all[n][0][0]
-	if *seed == 0 {
+	seeds := all[n][0][:keyWords]
+	for i := range seeds {
+		if seeds[i] != 0 {
+			continue
+		}
 		var random [8]byte
 		if _, err := rand.Read(random[:]); err != nil {
-			return nil, fmt.Errorf("seed of the services map: %w", err)
+			return nil, fmt.Errorf("seeds of the services map: %w", err)
 		}
-		*seed = binary.NativeEndian.Uint64(random[:]) | 1
+		seeds[i] = binary.NativeEndian.Uint64(random[:]) | 1
 	}
-	return &table{memory: memory, buckets: all[:n], seed: *seed}, nil
+	return &table{keyWords: keyWords, memory: memory, buckets: all[:n], seeds: slices.Clone(seeds)}, nil
 }
 
 // close gives the memory back. Only used may be read afterwards.
@@ -79,13 +82,16 @@ func (t *table) close() error {
 	return err
 }
 
-// hash is the same as the program's.
-func (t *table) hash(k key) uint64 {
-	h := k.bits() * t.seed
-	return (h ^ h>>32) * 0x9e3779b97f4a7c15
+// hash is the same as the programs'.
+func (t *table) hash(k key) (h uint64) {
+	for i, seed := range t.seeds {
+		h += k[i] * seed
+	}
+	h = (h ^ h>>33) * 0xff51afd7ed558ccd
+	return (h ^ h>>33) * 0xc4ceb9fe1a85ec53
 }
 
-// owner is what marks the word and the backends of a frontend as its own. The program computes the same.
+// owner is what marks the word and the backends of a frontend as its own. The programs compute the same.
 //
 // Note: a generation that grows with each change was the first plan. It tells that a word is old, which does no harm, but
 // not that a recycled entry or region now belongs to another Service, which does.
@@ -107,14 +113,20 @@ func (t *table) probe(k key) iter.Seq[*entry] {
 // find gives the entry of a frontend, or nil.
 func (t *table) find(k key) *entry {
 	for e := range t.probe(k) {
-		switch e[entryKey] {
-		case k.bits():
-			return e
-		case emptyKey:
+		if e[0] == emptyKey {
 			return nil
+		}
+		if t.keyOf(e) == k {
+			return e
 		}
 	}
 	return nil
+}
+
+// keyOf is the key of an entry that holds a frontend.
+func (t *table) keyOf(e *entry) (k key) {
+	copy(k[:], e[:t.keyWords])
+	return k
 }
 
 // place gives a free entry for a frontend that has none yet, or nil if its bucket is full. The frontend has it once
@@ -123,7 +135,7 @@ func (t *table) find(k key) *entry {
 // Half full, as tableBuckets has it, one bucket in some ten millions is full.
 func (t *table) place(k key) *entry {
 	for e := range t.probe(k) {
-		if e[entryKey] == emptyKey || e[entryKey] == deletedKey {
+		if e.free() {
 			return e
 		}
 	}
@@ -132,19 +144,21 @@ func (t *table) place(k key) *entry {
 
 // insert gives a frontend the entry from place, whose word and backends are written already.
 func (t *table) insert(e *entry, k key) {
-	atomic.StoreUint64(&e[entryKey], k.bits())
+	for i := t.keyWords - 1; i >= 0; i-- {
+		atomic.StoreUint64(&e[i], k[i])
+	}
 	t.used++
 }
 
 // remove takes a frontend's entry from it. What is behind an entry is still found, and so it becomes empty only if there
 // is nothing; else look-ups, and the deleted ones before it, would grow for ever.
 func (t *table) remove(e *entry, k key) {
-	atomic.StoreUint64(&e[entryKey], deletedKey)
+	atomic.StoreUint64(&e[0], deletedKey)
 	t.used--
 	bucket := &t.buckets[t.hash(k)>>40&uint64(len(t.buckets)-1)]
 	at := (uintptr(unsafe.Pointer(e)) - uintptr(unsafe.Pointer(bucket))) / unsafe.Sizeof(*e)
-	for next := &bucket[(at+1)%bucketEntries]; next[entryKey] == emptyKey && e[entryKey] == deletedKey; {
-		atomic.StoreUint64(&e[entryKey], emptyKey)
+	for next := &bucket[(at+1)%bucketEntries]; next[0] == emptyKey && e[0] == deletedKey; {
+		atomic.StoreUint64(&e[0], emptyKey)
 		next, at = e, (at+bucketEntries-1)%bucketEntries
 		e = &bucket[at]
 	}
@@ -155,8 +169,7 @@ func (t *table) all() iter.Seq2[key, *entry] {
 	return func(yield func(key, *entry) bool) {
 		for b := range t.buckets {
 			for i := range t.buckets[b] {
-				e := &t.buckets[b][i]
-				if e[entryKey] != emptyKey && e[entryKey] != deletedKey && !yield(keyOfBits(e[entryKey]), e) {
+				if e := &t.buckets[b][i]; !e.free() && !yield(t.keyOf(e), e) {
 					return
 				}
 			}
@@ -164,7 +177,10 @@ func (t *table) all() iter.Seq2[key, *entry] {
 	}
 }
 
-func (e *entry) word() word { return word(e[entryWord]) }
+func (e *entry) free() bool { return e[0] == emptyKey || e[0] == deletedKey }
+
+// word is where the backends of a frontend's entry are.
+func (t *table) word(e *entry) word { return word(e[t.keyWords]) }
 
 // publish makes the backends that a word leads to those of the frontend.
-func (e *entry) publish(w word) { atomic.StoreUint64(&e[entryWord], uint64(w)) }
+func (t *table) publish(e *entry, w word) { atomic.StoreUint64(&e[t.keyWords], uint64(w)) }

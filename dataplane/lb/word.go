@@ -11,7 +11,7 @@ import (
 // Protocol is an IP protocol number.
 type Protocol uint8
 
-// The protocols that connect4 sees.
+// The protocols that the connect hooks see.
 const (
 	TCP Protocol = 6
 	UDP Protocol = 17
@@ -29,43 +29,57 @@ func (p Protocol) String() string {
 
 // A Frontend is what clients connect to.
 type Frontend struct {
-	Address  netip.AddrPort // IPv4
+	Address  netip.AddrPort // IPv4, also mapped into IPv6, or IPv6 without a zone
 	Protocol Protocol
 }
 
 func (f Frontend) String() string { return fmt.Sprintf("%v/%v", f.Address, f.Protocol) }
 
-// A key is a Frontend as its entry has it: address and port in network byte order, protocol, scope. See struct
-// frontend in connect.bpf.c.
-type key [8]byte
+// Words of a key: all are one, or for IPv6 three.
+const (
+	keyWords4 = 1
+	keyWords6 = 3
+)
+
+// A key is a Frontend as its entry has it: {address:32, port:16, protocol:8, scope:8} in network byte order, for IPv6 with
+// no address there, but in the two words after. See struct frontend in connect.bpf.c. The unused words of IPv4 are zero.
+type key [keyWords6]uint64
 
 // keyOf expects a Frontend that check passed.
 func keyOf(f Frontend) (k key) {
-	address := f.Address.Addr().Unmap().As4()
-	copy(k[:4], address[:])
-	binary.BigEndian.PutUint16(k[4:6], f.Address.Port())
-	k[6] = byte(f.Protocol)
+	var first [8]byte
+	address := f.Address.Addr().Unmap()
+	if address.Is4() {
+		four := address.As4()
+		copy(first[:], four[:])
+	} else {
+		sixteen := address.As16()
+		k[1], k[2] = binary.NativeEndian.Uint64(sixteen[:8]), binary.NativeEndian.Uint64(sixteen[8:])
+	}
+	binary.BigEndian.PutUint16(first[4:], f.Address.Port())
+	first[6] = byte(f.Protocol)
+	k[0] = binary.NativeEndian.Uint64(first[:])
 	return k
 }
 
 func (k key) frontend() Frontend {
-	address := netip.AddrFrom4([4]byte(k[:4]))
+	var first [8]byte
+	binary.NativeEndian.PutUint64(first[:], k[0])
+	address := netip.AddrFrom4([4]byte(first[:4]))
+	if k[1]|k[2] != 0 {
+		var sixteen [16]byte
+		binary.NativeEndian.PutUint64(sixteen[:8], k[1])
+		binary.NativeEndian.PutUint64(sixteen[8:], k[2])
+		address = netip.AddrFrom16(sixteen)
+	}
 	return Frontend{
-		Address:  netip.AddrPortFrom(address, binary.BigEndian.Uint16(k[4:6])),
-		Protocol: Protocol(k[6]),
+		Address:  netip.AddrPortFrom(address, binary.BigEndian.Uint16(first[4:])),
+		Protocol: Protocol(first[6]),
 	}
 }
 
-// bits is the key as the map holds it, and keyOfBits what it was made of.
-func (k key) bits() uint64 { return binary.NativeEndian.Uint64(k[:]) }
-
-func keyOfBits(bits uint64) (k key) {
-	binary.NativeEndian.PutUint64(k[:], bits)
-	return k
-}
-
 // A word says where a frontend's backends are: {base:32, count:16, owner:16}. They are those from base on, of its entry if
-// base is one there, else of the backends map, whose first entries are not used.
+// base is one there, else of the backends map, whose first slots are not used.
 type word uint64
 
 // maxCount is how many backends one frontend can have.
@@ -88,20 +102,37 @@ func (w word) region() region { return regionFor(w.base(), w.count()) }
 // unused is the part of the backends map that no word can lead to.
 var unused = regionFor(0, entryWords)
 
-// entryOf is a backend as the backends map has it: {address:32, port:16, owner:16}.
-func entryOf(backend netip.AddrPort, owner uint64) uint64 {
-	address := backend.Addr().Unmap().As4()
+// Words of a backend: those of its slot in the backends map.
+const (
+	slotWords4 = 1
+	slotWords6 = 4
+)
+
+// A slot is a backend as the maps have it: {address:32, port:16, owner:16}, for IPv6 with no address there, but in the two
+// words after.
+type slot [slotWords6]uint64
+
+func slotOf(backend netip.AddrPort, owner uint64) (s slot) {
 	var port [2]byte
 	binary.BigEndian.PutUint16(port[:], backend.Port())
-	return uint64(binary.NativeEndian.Uint32(address[:]))<<32 | uint64(binary.NativeEndian.Uint16(port[:]))<<16 | owner
+	s[0] = uint64(binary.NativeEndian.Uint16(port[:]))<<16 | owner
+	address := backend.Addr().Unmap()
+	if address.Is4() {
+		four := address.As4()
+		s[0] |= uint64(binary.NativeEndian.Uint32(four[:])) << 32
+		return s
+	}
+	sixteen := address.As16()
+	s[1], s[2] = binary.NativeEndian.Uint64(sixteen[:8]), binary.NativeEndian.Uint64(sixteen[8:])
+	return s
 }
 
-// checkAddress returns an error for what is not an IPv4 address with a port. IPv4 mapped into IPv6 is IPv4.
+// checkAddress returns an error for what cannot be connected to from any host, or has no port.
 func checkAddress(what string, a netip.AddrPort) error {
-	if !a.Addr().Unmap().Is4() {
-		return fmt.Errorf("%s %v is not IPv4", what, a)
-	}
-	if a.Port() == 0 {
+	switch address := a.Addr(); {
+	case !address.IsValid(), address.IsUnspecified(), address.IsMulticast(), address.Zone() != "":
+		return fmt.Errorf("%s %v is not the address of a host", what, a)
+	case a.Port() == 0:
 		return fmt.Errorf("%s %v has no port", what, a)
 	}
 	return nil

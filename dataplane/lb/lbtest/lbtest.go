@@ -170,7 +170,8 @@ func (p *Pod) Listen(tb testing.TB, network, address string) {
 	p.do(tb, "Listen", Target{Network: network, Address: address}, nil)
 }
 
-// Connect connects to address n times, one after the other, and reads the answers.
+// Connect connects to address n times, one after the other, and reads the answers. On the networks "tcp6" and "udp6" an IPv4
+// address is connected to from an IPv6 socket.
 func (p *Pod) Connect(tb testing.TB, network, address string, n int) Outcome {
 	tb.Helper()
 	var outcome Outcome

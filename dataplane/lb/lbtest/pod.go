@@ -10,6 +10,7 @@ import (
 	"net/rpc"
 	"os"
 	"runtime"
+	"strings"
 	"syscall"
 	"time"
 
@@ -160,7 +161,7 @@ func (o Outcome) add(answer string, err error) {
 
 // ask connects and returns the server's answer.
 func ask(network, address string) (string, error) {
-	conn, err := net.DialTimeout(network, address, patience)
+	conn, err := dial(network, address)
 	if err != nil {
 		return "", err
 	}
@@ -174,7 +175,7 @@ func ask(network, address string) (string, error) {
 	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
 		return "", err
 	}
-	if network == "udp" {
+	if strings.HasPrefix(network, "udp") {
 		if _, err := conn.Write([]byte{'?'}); err != nil {
 			return "", err
 		}
@@ -182,6 +183,32 @@ func ask(network, address string) (string, error) {
 	answer := make([]byte, 64)
 	n, err := conn.Read(answer)
 	return string(answer[:n]), err
+}
+
+// dial connects to an address. An IPv4 address is mapped into IPv6 if the network says 6 (RFC 4291, 2.5.5.2), which package
+// net never does.
+func dial(network, address string) (net.Conn, error) {
+	to, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return nil, err
+	}
+	if to.Addr().Is6() || !strings.HasSuffix(network, "6") {
+		return net.DialTimeout(network, address, patience)
+	}
+	kind := unix.SOCK_STREAM
+	if network == "udp6" {
+		kind = unix.SOCK_DGRAM
+	}
+	fd, err := unix.Socket(unix.AF_INET6, kind|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	file := os.NewFile(uintptr(fd), address)
+	defer file.Close()
+	if err := unix.Connect(fd, &unix.SockaddrInet6{Addr: to.Addr().As16(), Port: int(to.Port())}); err != nil {
+		return nil, err
+	}
+	return net.FileConn(file)
 }
 
 // Sink is the order of the same name.
