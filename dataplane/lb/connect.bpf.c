@@ -22,7 +22,7 @@ struct frontend {
 #define KEY6 3
 
 // A backend is a word {address:32, port:16, owner:16}, address and port in network byte order; for IPv6 it has no address,
-// which follows in two more, and a fourth that fills the slot.
+// which follows in two more, and a fourth is the hash of the three.
 #define SLOT4 1 // words of a slot of a backends map
 #define SLOT6 4
 
@@ -160,14 +160,14 @@ static __always_inline enum verdict choose(void *services, void *backends, const
 			if (words == KEY6) {
 				backend[1] = READ_ONCE(slot[1]);
 				backend[2] = READ_ONCE(slot[2]);
+				// Subtle: words of two backends, if the slot is being written.
+				if (READ_ONCE(slot[3]) != hash_of(backend, seeds, KEY6))
+					continue;
 			}
 		}
 		// Subtle: a place that was given to another frontend since the service was read shows by its owner too, and
-		// one that lost its backend holds zero. Three words may be of two backends of one frontend, but only if the
-		// service has changed since.
+		// one that lost its backend holds zero.
 		if ((__u16)backend[0] != owner)
-			continue;
-		if (words == KEY6 && READ_ONCE(entry[words]) != service)
 			continue;
 		return TRANSLATE;
 	}

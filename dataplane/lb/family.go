@@ -135,7 +135,7 @@ func (f *family) publish(c Change, now time.Time) error {
 	w := makeWord(base, len(c.Backends), owner)
 	set := f.set(e, w)
 	for i, backend := range c.Backends {
-		f.store(set[i*f.slotWords:], slotOf(backend, owner))
+		f.store(set[i*f.slotWords:], f.table.slotOf(backend, owner))
 	}
 	if w.inline() && w.count() > 0 {
 		// Who read the word of a larger set that was here before must not find one of its backends.
@@ -194,7 +194,7 @@ func (f *family) holds(e *entry, owner uint64, backends []netip.AddrPort) bool {
 	}
 	set := f.set(e, w)
 	for i, backend := range backends {
-		s := slotOf(backend, owner)
+		s := f.table.slotOf(backend, owner)
 		for j, held := range set[i*f.slotWords : (i+1)*f.slotWords] {
 			if held != s[j] {
 				return false

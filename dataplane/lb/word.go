@@ -109,10 +109,10 @@ const (
 )
 
 // A slot is a backend as the maps have it: {address:32, port:16, owner:16}, for IPv6 with no address there, but in the two
-// words after.
+// words after, and then the hash of the three.
 type slot [slotWords6]uint64
 
-func slotOf(backend netip.AddrPort, owner uint64) (s slot) {
+func (t *table) slotOf(backend netip.AddrPort, owner uint64) (s slot) {
 	var port [2]byte
 	binary.BigEndian.PutUint16(port[:], backend.Port())
 	s[0] = uint64(binary.NativeEndian.Uint16(port[:]))<<16 | owner
@@ -124,6 +124,7 @@ func slotOf(backend netip.AddrPort, owner uint64) (s slot) {
 	}
 	sixteen := address.As16()
 	s[1], s[2] = binary.NativeEndian.Uint64(sixteen[:8]), binary.NativeEndian.Uint64(sixteen[8:])
+	s[3] = t.hash(key(s[:keyWords6]))
 	return s
 }
 
