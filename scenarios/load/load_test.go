@@ -217,8 +217,9 @@ func TestQuietCountsWhatTheReferenceAllows(t *testing.T) {
 	server, _, _ := mustServer(t, p.server, ServeOptions{Connect: addresses, Somaxconn: 1 << 16})
 	reply = mustDo(t, client, Request{Addresses: addresses, Count: 200, Quiet: reply.Quiet, Limit: 10 * time.Second})
 	made := int64(len(reply.Latencies) + len(reply.Disturbed))
-	if len(reply.Latencies) == 0 || reply.Failed() != 0 {
-		t.Errorf("%d connects count, errors %v", len(reply.Latencies), reply.Errors)
+	// How many count is the machine's matter: beside a noisy neighbour none may.
+	if made == 0 || reply.Failed() != 0 {
+		t.Errorf("%d connects were made, errors %v", made, reply.Errors)
 	}
 	if report := mustDrain(t, server, made); report.Accepted != made {
 		t.Errorf("server accepted %d connections, the client tells of %d", report.Accepted, made)
