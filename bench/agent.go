@@ -59,8 +59,8 @@ one of its endpoints. With --pin-dir that goes on when the agent ends, until the
 	flags.DurationVar(&cfg.MinSyncPeriod, "min-sync-period", agent.DefaultMinSyncPeriod, "least time between two syncs")
 	flags.StringVar(&cfg.HealthzBindAddress, "healthz-bind-address", agent.DefaultHealthzBindAddress, "`address:port` of /healthz and /livez; empty: none")
 	flags.StringVar(&cfg.MetricsBindAddress, "metrics-bind-address", agent.DefaultMetricsBindAddress, "`address:port` of /metrics; empty: none")
-	flags.IntVar(&cfg.LB.Services, "services-capacity", lb.DefaultServices, "most frontends (ClusterIP, port, protocol) at a time")
-	flags.IntVar(&cfg.LB.Backends, "backends-capacity", lb.DefaultBackends, "most backends of the frontends that have more than three, rounded up to a power of two")
+	flags.IntVar(&cfg.LB.Services, "services-capacity", lb.DefaultServices, "most frontends (ClusterIP, port, protocol) of each IP version at a time")
+	flags.IntVar(&cfg.LB.Backends, "backends-capacity", lb.DefaultBackends, "most backends of each IP version, not counting those of IPv4 frontends with up to three, rounded up to a power of two")
 	flags.IntVarP(&verbosity, "v", "v", 0, "log verbosity, as kube-proxy's")
 	return cmd
 }

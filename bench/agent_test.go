@@ -20,8 +20,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	v1 "k8s.io/api/core/v1"
 	discovery "k8s.io/api/discovery/v1"
@@ -82,7 +80,7 @@ func TestAgentCarriesServicesUntilItEnds(t *testing.T) {
 		return nil
 	}
 	eventually(t, "the Service's backend to answer", ask)
-	if n := attached(t, cgroup); n != 1 {
+	if n := len(lbtest.Attached(t, cgroup)); n != 1 {
 		t.Errorf("%d programs are attached to the cgroup of an agent at work, want 1", n)
 	}
 	// The cgroup makes the difference: this process, outside it, has no way to the Service.
@@ -106,7 +104,7 @@ func TestAgentCarriesServicesUntilItEnds(t *testing.T) {
 	if err := agent.Wait(); err != nil {
 		t.Errorf("the agent that was asked to end: %v", err)
 	}
-	if n := attached(t, cgroup); n != 0 {
+	if n := len(lbtest.Attached(t, cgroup)); n != 0 {
 		t.Errorf("%d programs are attached after the agent's end", n)
 	}
 	if err := ask(); err == nil || !strings.Contains(err.Error(), "ENETUNREACH:3") {
@@ -190,21 +188,6 @@ func needsConnectHook(t *testing.T) {
 	if err := b.Close(); err != nil {
 		t.Fatal(err)
 	}
-}
-
-// attached counts the connect4 programs of a cgroup.
-func attached(t *testing.T, cgroup string) int {
-	t.Helper()
-	folder, err := os.Open(cgroup)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer folder.Close()
-	found, err := link.QueryPrograms(link.QueryOptions{Target: int(folder.Fd()), Attach: ebpf.AttachCGroupInet4Connect})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(found.Programs)
 }
 
 // mustNetNS makes a node: a network namespace with the backend's address and no way out.

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"bufio"
 	"io"
 	"os/exec"
 	"path/filepath"
@@ -63,19 +62,7 @@ func TestKindRunEndedEarlyLeavesNothing(t *testing.T) {
 		t.Run(test.moment+", "+test.end.String(), func(t *testing.T) {
 			cmd := exec.Command(program, "run", "--provider", "kind", "--node-image", kind.OwnImage, "--modes", "ebpf", "--twin", "",
 				"--services", "5", "--rounds", "50", "--out", filepath.Join(t.TempDir(), "out"))
-			stderr, err := cmd.StderrPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
-			lines := bufio.NewScanner(stderr)
-			for lines.Scan() && !strings.Contains(lines.Text(), test.moment) {
-			}
-			if err := lines.Err(); err != nil {
-				t.Error(err)
-			}
+			stderr := startUntil(t, cmd, test.moment)
 			said := make(chan []byte, 1)
 			go func() {
 				b, _ := io.ReadAll(stderr) // the process ends it
@@ -95,7 +82,7 @@ func TestKindRunEndedEarlyLeavesNothing(t *testing.T) {
 				t.Fatal(err)
 			}
 			// Subtle: what the run has started may hold the pipe open, so its own end ends the reading.
-			err = cmd.Wait()
+			err := cmd.Wait()
 			rest := <-said
 			if err == nil {
 				t.Errorf("the run ended with exit code 0:\n%s", rest)

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"image/png"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -208,6 +209,25 @@ func TestInterruptLeavesResultsAndNothingElse(t *testing.T) {
 	}
 }
 
+// startUntil starts a run and waits for the line of it that has moment in it. It returns what comes after.
+func startUntil(t *testing.T, cmd *exec.Cmd, moment string) io.Reader {
+	t.Helper()
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewScanner(stderr)
+	for lines.Scan() && !strings.Contains(lines.Text(), moment) {
+	}
+	if err := lines.Err(); err != nil {
+		t.Error(err)
+	}
+	return stderr
+}
+
 // What kill -9 leaves, plimsoll clean removes, at whatever moment it comes.
 func TestCleanAfterKill(t *testing.T) {
 	bin := needsLab(t)
@@ -217,17 +237,8 @@ func TestCleanAfterKill(t *testing.T) {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(self, "run", "--bin", bin, "--out", filepath.Join(t.TempDir(), "out"), "--modes", "direct,nftables", "--services", "5", "--rounds", "50")
-	stderr, err := cmd.StderrPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
 	// In the middle of a round, when sites are frozen.
-	lines := bufio.NewScanner(stderr)
-	for lines.Scan() && !strings.Contains(lines.Text(), "round 1") {
-	}
+	startUntil(t, cmd, "round 1")
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
-	"os"
 	"slices"
 	"testing"
 
@@ -18,27 +17,40 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// sinks are where backends of benchmarks listen.
+var sinks = []string{"127.0.0.1:8080", "127.0.0.2:8080"}
+
+// mustSinks starts a pod that listens there.
+func mustSinks(b *testing.B) *lbtest.Pod {
+	b.Helper()
+	pod := lbtest.StartPod(b)
+	for _, address := range sinks {
+		pod.Sink(b, address)
+	}
+	return pod
+}
+
+// mustCarry has a pod's connects translated to so many Services, whose backends are the sinks.
+func mustCarry(b *testing.B, pod *lbtest.Pod, services int) ([]lb.Change, *rand.Rand) {
+	b.Helper()
+	changes := manyChanges(services)
+	mustSync(b, mustLoad(b, pod, lb.Options{}), changes...)
+	return changes, rand.New(rand.NewPCG(1, uint64(services)))
+}
+
 // BenchmarkConnect times connect(2) over loopback to random Services, in blocks of 500 with as many direct connects from
 // a pod without the program between them. An operation is a block of each. Reported are the medians, and what a Service
 // adds as the median of the differences between neighbouring blocks.
 func BenchmarkConnect(b *testing.B) {
 	const block = 500
-	backends := []string{"127.0.0.1:8080", "127.0.0.2:8080"}
 	for _, services := range []int{1, 20_000, 50_000} {
 		b.Run(fmt.Sprintf("services=%d", services), func(b *testing.B) {
-			plain, translated := lbtest.StartPod(b), lbtest.StartPod(b)
-			for _, address := range backends {
-				plain.Sink(b, address)
-				translated.Sink(b, address)
-			}
-			balancer := mustLoad(b, translated, lb.Options{})
-			changes := manyChanges(services)
-			mustSync(b, balancer, changes...)
-			random := rand.New(rand.NewPCG(1, uint64(services)))
+			plain, translated := mustSinks(b), mustSinks(b)
+			changes, random := mustCarry(b, translated, services)
 
 			var direct, service, added []float64
 			for b.Loop() {
-				d := median(plain.ConnectTimes(b, block, backends))
+				d := median(plain.ConnectTimes(b, block, sinks))
 				s := median(translated.ConnectTimes(b, block, randomTargets(random, changes, block)))
 				direct, service, added = append(direct, d), append(service, s), append(added, s-d)
 			}
@@ -54,19 +66,11 @@ func BenchmarkConnect(b *testing.B) {
 // blocks with as many of a pod with an empty program on the same hook between them. An operation is a block of each.
 func BenchmarkHook(b *testing.B) {
 	const block = 500
-	backends := []string{"127.0.0.1:8080", "127.0.0.2:8080"}
 	for _, services := range []int{1, 20_000, 50_000} {
 		b.Run(fmt.Sprintf("services=%d", services), func(b *testing.B) {
-			plain, translated := lbtest.StartPod(b), lbtest.StartPod(b)
-			for _, address := range backends {
-				plain.Sink(b, address)
-				translated.Sink(b, address)
-			}
+			plain, translated := mustSinks(b), mustSinks(b)
 			mustAttachEmpty(b, plain.Cgroup)
-			balancer := mustLoad(b, translated, lb.Options{})
-			changes := manyChanges(services)
-			mustSync(b, balancer, changes...)
-			random := rand.New(rand.NewPCG(1, uint64(services)))
+			changes, random := mustCarry(b, translated, services)
 			statistics, err := ebpf.EnableStats(unix.BPF_STATS_RUN_TIME)
 			if err != nil {
 				b.Fatal(err)
@@ -76,7 +80,7 @@ func BenchmarkHook(b *testing.B) {
 			empty, hook := mustProgram(b, plain.Cgroup), mustProgram(b, translated.Cgroup)
 			var added, calls []float64
 			for b.Loop() {
-				e := perCall(b, empty, func() { plain.ConnectTimes(b, block, backends) })
+				e := perCall(b, empty, func() { plain.ConnectTimes(b, block, sinks) })
 				h := perCall(b, hook, func() { translated.ConnectTimes(b, block, randomTargets(random, changes, block)) })
 				calls, added = append(calls, h), append(added, h-e)
 			}
@@ -107,16 +111,11 @@ func mustAttachEmpty(b *testing.B, cgroup string) {
 // mustProgram opens the program that is attached to a cgroup's connect hook.
 func mustProgram(b *testing.B, cgroup string) *ebpf.Program {
 	b.Helper()
-	folder, err := os.Open(cgroup)
-	if err != nil {
-		b.Fatal(err)
+	attached := lbtest.Attached(b, cgroup)
+	if len(attached) != 1 {
+		b.Fatalf("want one program on %s, got %+v", cgroup, attached)
 	}
-	defer folder.Close()
-	attached, err := link.QueryPrograms(link.QueryOptions{Target: int(folder.Fd()), Attach: ebpf.AttachCGroupInet4Connect})
-	if err != nil || len(attached.Programs) != 1 {
-		b.Fatalf("want one program on %s, got %+v, %v", cgroup, attached, err)
-	}
-	program, err := ebpf.NewProgramFromID(attached.Programs[0].ID)
+	program, err := ebpf.NewProgramFromID(attached[0].ID)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -193,7 +192,7 @@ func manyChanges(n int) []lb.Change {
 	changes := make([]lb.Change, n)
 	for i := range changes {
 		address := netip.AddrFrom4([4]byte{10, 96, byte(i >> 8), byte(i)})
-		changes[i] = to(lb.Frontend{Address: netip.AddrPortFrom(address, 80), Protocol: lb.TCP}, "127.0.0.1:8080", "127.0.0.2:8080")
+		changes[i] = to(lb.Frontend{Address: netip.AddrPortFrom(address, 80), Protocol: lb.TCP}, sinks...)
 	}
 	return changes
 }

@@ -136,6 +136,11 @@ func Load(options Options) (_ *Balancer, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the embedded object: %w", err)
 	}
+	if b.options.PinDir != "" {
+		if err := os.MkdirAll(b.pinDir(), 0o700); err != nil {
+			return nil, fmt.Errorf("pin folder: %w", err)
+		}
+	}
 	maps, err := b.openMaps(spec)
 	if err != nil {
 		return nil, b.explainLoad(err)
@@ -161,6 +166,9 @@ func Load(options Options) (_ *Balancer, err error) {
 	if err := spec.LoadAndAssign(&b.objects, &ebpf.CollectionOptions{MapReplacements: maps}); err != nil {
 		return nil, b.explainLoad(err)
 	}
+	if b.options.PinDir == "" {
+		return b, nil // the maps are new, and reading them would give each page its memory
+	}
 	for _, f := range b.families() {
 		if err := f.takeOver(); err != nil {
 			return nil, fmt.Errorf("maps in %s: %w (delete the folder)", b.pinDir(), err)
@@ -179,15 +187,12 @@ func (b *Balancer) openMaps(spec *ebpf.CollectionSpec) (_ map[string]*ebpf.Map, 
 	}
 	pin := ebpf.MapOptions{}
 	if b.options.PinDir != "" {
-		if err := os.MkdirAll(b.pinDir(), 0o700); err != nil {
-			return nil, fmt.Errorf("pin folder: %w", err)
-		}
 		pin.PinPath = b.pinDir()
 	}
 	maps := make(map[string]*ebpf.Map)
 	for name, n := range entries {
 		spec.Maps[name].MaxEntries = uint32(n)
-		if pin.PinPath != "" {
+		if b.options.PinDir != "" {
 			spec.Maps[name].Pinning = ebpf.PinByName
 		}
 		m, err := ebpf.NewMapWithOptions(spec.Maps[name], pin)

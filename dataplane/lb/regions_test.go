@@ -7,15 +7,20 @@ import (
 	"testing"
 )
 
+// randomSteps are n steps for a fuzz test to begin with, the same each time.
+func randomSteps(n int) []byte {
+	steps := make([]byte, n)
+	random := rand.New(rand.NewPCG(1, 2))
+	for i := range steps {
+		steps[i] = byte(random.Uint32())
+	}
+	return steps
+}
+
 // Whatever is taken and freed, regions never overlap, and what is freed can be taken again whole.
 func FuzzRegions(f *testing.F) {
 	f.Add([]byte{0, 1, 2, 3, 128, 129, 7, 255, 4, 4, 4, 130})
-	seed := make([]byte, 2000)
-	random := rand.New(rand.NewPCG(1, 2))
-	for i := range seed {
-		seed[i] = byte(random.Uint32())
-	}
-	f.Add(seed)
+	f.Add(randomSteps(2000))
 
 	f.Fuzz(func(t *testing.T, steps []byte) {
 		const capacity = 256

@@ -73,6 +73,9 @@ func (b *Balancer) Frontends() iter.Seq[Frontend] {
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		for _, f := range b.families() {
+			if f.table.used == 0 {
+				continue
+			}
 			for k := range f.table.all() {
 				if !yield(k.frontend()) {
 					return

@@ -97,10 +97,15 @@ func (t *table) hash(k key) (h uint64) {
 // not that a recycled entry or region now belongs to another Service, which does.
 func (t *table) owner(k key) uint64 { return t.hash(k)>>16&0xffff | 1 }
 
+// bucket is where keys with this hash are.
+func (t *table) bucket(hash uint64) *[bucketEntries]entry {
+	return &t.buckets[hash>>40&uint64(len(t.buckets)-1)]
+}
+
 // probe lists the entries where k may be, in the order in which they are looked at.
 func (t *table) probe(k key) iter.Seq[*entry] {
 	h := t.hash(k)
-	bucket, start := &t.buckets[h>>40&uint64(len(t.buckets)-1)], h>>34
+	bucket, start := t.bucket(h), h>>34
 	return func(yield func(*entry) bool) {
 		for i := range uint64(bucketEntries) {
 			if !yield(&bucket[(start+i)%bucketEntries]) {
@@ -155,7 +160,7 @@ func (t *table) insert(e *entry, k key) {
 func (t *table) remove(e *entry, k key) {
 	atomic.StoreUint64(&e[0], deletedKey)
 	t.used--
-	bucket := &t.buckets[t.hash(k)>>40&uint64(len(t.buckets)-1)]
+	bucket := t.bucket(t.hash(k))
 	at := (uintptr(unsafe.Pointer(e)) - uintptr(unsafe.Pointer(bucket))) / unsafe.Sizeof(*e)
 	for next := &bucket[(at+1)%bucketEntries]; next[0] == emptyKey && e[0] == deletedKey; {
 		atomic.StoreUint64(&e[0], emptyKey)

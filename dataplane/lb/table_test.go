@@ -3,7 +3,6 @@
 package lb
 
 import (
-	"math/rand/v2"
 	"net/netip"
 	"testing"
 )
@@ -43,12 +42,7 @@ func TestKeys(t *testing.T) {
 // left but in a bucket that was full.
 func FuzzTable(f *testing.F) {
 	f.Add([]byte{0, 1, 2, 1, 0, 2})
-	seed := make([]byte, 3000)
-	random := rand.New(rand.NewPCG(1, 2))
-	for i := range seed {
-		seed[i] = byte(random.Uint32())
-	}
-	f.Add(seed)
+	f.Add(randomSteps(3000))
 
 	f.Fuzz(func(t *testing.T, steps []byte) {
 		keyWords := keyWords4

@@ -19,6 +19,8 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 )
 
@@ -106,6 +108,21 @@ func NewCgroup(tb testing.TB) string {
 		}
 	})
 	return cgroup
+}
+
+// Attached lists the programs on the connect4 hook of a cgroup.
+func Attached(tb testing.TB, cgroup string) []link.AttachedProgram {
+	tb.Helper()
+	folder, err := os.Open(cgroup)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	defer folder.Close()
+	found, err := link.QueryPrograms(link.QueryOptions{Target: int(folder.Fd()), Attach: ebpf.AttachCGroupInet4Connect})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return found.Programs
 }
 
 // Cgroup2Mount finds where cgroup2 is mounted.
