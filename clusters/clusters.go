@@ -67,6 +67,9 @@ type Plan struct {
 	Cache string
 	// NodeImage is the image of kind's nodes; empty for the provider's choice.
 	NodeImage string
+	// Static says that nothing is to be started on the nodes or removed from them after Create: where they have kubelets, these
+	// stand still from then on.
+	Static bool
 	// Retain keeps what was made when Create fails, and at Close, and says how to enter it.
 	Retain bool
 	// Progress is told what is being done; nil is silent.
@@ -92,8 +95,8 @@ type Cluster interface {
 	// Pause stops the control plane where it stands, or lets it go on, where it is busy enough to disturb a measurement and no
 	// other cluster's site needs it. Without effect elsewhere.
 	Pause(ctx context.Context, paused bool) error
-	// Quiet stops what the cluster's nodes do of their own accord and no traffic or proxy needs for a while, kubelets and container
-	// runtimes, or lets it go on. Without effect where nodes do nothing of the kind.
+	// Quiet stops what the cluster's nodes do of their own accord and no traffic or proxy needs for a while, container runtimes
+	// and kubelets, or lets it go on, but for the kubelets of a static plan. Without effect where nodes do nothing of the kind.
 	Quiet(ctx context.Context, quiet bool) error
 	// Close removes everything that Create made for it.
 	Close(ctx context.Context) error

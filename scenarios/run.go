@@ -225,7 +225,7 @@ func (b *bench) open(ctx context.Context) error {
 	}
 	made, err := b.provider.Create(ctx, clusters.Plan{
 		Name: b.plan.Run, Dir: filepath.Join(b.plan.Out, "logs"), Bin: b.plan.Bin, Program: b.plan.Program, Sites: specs, Progress: b.report.Step,
-		Cache: b.plan.Cache, NodeImage: b.plan.NodeImage, Retain: b.plan.Retain,
+		Cache: b.plan.Cache, NodeImage: b.plan.NodeImage, Static: true, Retain: b.plan.Retain,
 	})
 	if err != nil {
 		return fmt.Errorf("provider %s: %w", b.provider.Name(), err)

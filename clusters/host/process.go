@@ -38,7 +38,7 @@ type Process struct {
 	Command
 	cmd    *exec.Cmd
 	stdin  io.WriteCloser
-	stdout io.Reader
+	stdout *output
 	done   chan struct{}
 	err    error // set before done is closed
 }
@@ -78,7 +78,7 @@ func (r *Run) Start(c Command) (*Process, error) {
 			return nil, err
 		}
 		defer write.Close()
-		p.cmd.Stdout, p.stdout = write, read
+		p.cmd.Stdout, p.stdout = write, &output{File: read, process: p}
 	}
 	enter := func(f func() error) error { return f() }
 	if c.NetNS != nil {
@@ -129,18 +129,40 @@ func (p *Process) Err() error {
 }
 
 func (p *Process) Stdin() io.WriteCloser { return p.stdin }
-func (p *Process) Stdout() io.Reader     { return p.stdout }
+
+// Stdout is the process's output. When the process has ended, reading returns how in place of io.EOF.
+func (p *Process) Stdout() io.Reader { return p.stdout }
+
+// output is the reading end of a process's standard output.
+type output struct {
+	*os.File
+	process *Process
+}
+
+// endLimit is how long a process whose output has ended may take to end; one that only closed its output lives on.
+const endLimit = 2 * time.Second
+
+func (o *output) Read(b []byte) (int, error) {
+	n, err := o.File.Read(b)
+	if !errors.Is(err, io.EOF) {
+		return n, err
+	}
+	select {
+	case <-o.process.done:
+		return n, o.process.err
+	case <-time.After(endLimit):
+		return n, err
+	}
+}
 
 // Close closes the process's input, asks it to end, and kills it when it has not within five seconds.
 func (p *Process) Close(ctx context.Context) error {
 	if p.stdin != nil {
 		p.stdin.Close()
 	}
-	defer func() {
-		if c, ok := p.stdout.(io.Closer); ok {
-			c.Close()
-		}
-	}()
+	if p.stdout != nil {
+		defer p.stdout.Close()
+	}
 	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("end %s: %w", p.Name, err)
 	}

@@ -3,9 +3,11 @@
 package host
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -77,6 +79,38 @@ func TestCleanRefusesForeignFolders(t *testing.T) {
 	} {
 		if err := s.check(); err == nil {
 			t.Errorf("a state file with %+v was taken", s)
+		}
+	}
+}
+
+// Who reads the output of a process that has ended is told how it ended.
+func TestOutputEndsWithTheProcessEnd(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	r, err := New(fmt.Sprintf("test-output-%d", os.Getpid()), t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := r.Close(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	for _, test := range []struct{ script, want string }{
+		{"echo a word; kill -KILL $$", "echo (sh -c echo a word; kill -KILL $$): signal: killed"},
+		{"echo a word; echo no disk >&2; exit 3", "exit status 3; " + filepath.Join(r.Dir, "log") + " ends: no disk"},
+	} {
+		p, err := r.Start(Command{Name: "echo", Argv: []string{"sh", "-c", test.script}, Cgroup: r.Cgroup, Log: filepath.Join(r.Dir, "log"), Pipes: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		said, err := io.ReadAll(p.Stdout())
+		if string(said) != "a word\n" || err == nil || !strings.Contains(err.Error(), test.want) {
+			t.Errorf("%s: read %q and %v, want %q", test.script, said, err, test.want)
+		}
+		if err := p.Close(t.Context()); err != nil {
+			t.Error(err)
 		}
 	}
 }

@@ -39,18 +39,13 @@ func below(path string) (*host.Cgroup, error) {
 	return &host.Cgroup{Dir: filepath.Join(root, path)}, err
 }
 
-// rest are the cgroups of what is neither the control plane nor a proxy nor a pod that traffic runs between: systemd's own layout,
-// with the kubelet where kind places it.
-func (n *node) rest() []*host.Cgroup {
-	var all []*host.Cgroup
-	for _, name := range []string{"init.scope", "system.slice", "kubelet.slice/kubelet.service"} {
-		group := &host.Cgroup{Dir: filepath.Join(n.cgroup.Dir, name)}
-		if _, err := os.Stat(group.Dir); err == nil {
-			all = append(all, group)
-		}
-	}
-	return all
-}
+// Parts of a node that are neither the control plane nor a proxy nor a pod that traffic runs between, as folders below its cgroup:
+// systemd's own layout, with the kubelet where kind places it.
+const (
+	initPart    = "init.scope"
+	systemPart  = "system.slice"
+	kubeletPart = "kubelet.slice/kubelet.service"
+)
 
 // cgroup2Of is a process's folder in the cgroup2 hierarchy (cgroups(7)).
 func cgroup2Of(pid int) (string, error) {

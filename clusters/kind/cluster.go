@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -103,7 +104,13 @@ func (w *world) create(ctx context.Context, name string, specs []clusters.ProxyS
 			return c, fmt.Errorf("%s: %w", s.spec.Name, err)
 		}
 	}
-	return c, nil
+	if !w.plan.Static {
+		return c, nil
+	}
+	// A kubelet that stood still, because other clusters were made or visited, has heard nothing of the container runtime for half a
+	// minute. It reports that its node is not ready; the node's pods are not ready then, and Services lose them, and if it is frozen
+	// again before it has reported better, the pods are evicted after five minutes.
+	return c, c.freezeParts(ctx, true, kubeletPart)
 }
 
 // createNodes has kind create the cluster. kind knows no contexts: when ctx ends its containers are taken from under it.
@@ -292,9 +299,19 @@ func (c *cluster) freeze(ctx context.Context, frozen bool) error {
 // Quiet stops kubelets, container runtimes and whatever else runs on the nodes beside the control plane, proxies and the pods that
 // traffic runs between: together they use more of the machine than a visit may be disturbed by.
 func (c *cluster) Quiet(ctx context.Context, quiet bool) error {
+	parts := []string{initPart, systemPart}
+	if !c.world.plan.Static {
+		parts = append(parts, kubeletPart)
+	}
+	return c.freezeParts(ctx, quiet, parts...)
+}
+
+// freezeParts stops or resumes parts of all of the cluster's nodes.
+func (c *cluster) freezeParts(ctx context.Context, frozen bool, parts ...string) error {
 	for _, n := range c.nodes() {
-		for _, group := range n.rest() {
-			if err := group.Freeze(ctx, quiet); err != nil {
+		for _, name := range parts {
+			part := &host.Cgroup{Dir: filepath.Join(n.cgroup.Dir, name)}
+			if err := part.Freeze(ctx, frozen); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return err
 			}
 		}
@@ -304,21 +321,18 @@ func (c *cluster) Quiet(ctx context.Context, quiet bool) error {
 
 // Close deletes the cluster.
 func (c *cluster) Close(ctx context.Context) error {
+	// The engine cannot end what stands still, and nobody can look into it.
+	errs := []error{c.freezeParts(ctx, false, initPart, systemPart, kubeletPart), c.freeze(ctx, false)}
 	if c.world.plan.Retain {
 		if c.last {
 			c.world.report(c.world.howToEnter())
 		}
-		return nil
+		return errors.Join(errs...)
 	}
-	var errs []error
 	if c.etcd != nil {
 		errs = append(errs, c.etcd.Close())
 	}
-	// The engine cannot end what stands still.
-	errs = append(errs, c.Quiet(ctx, false), c.freeze(ctx, false))
-	for _, s := range c.sites {
-		s.keepLog(ctx)
-	}
+	c.keepLogs(ctx)
 	// Nothing on a node is worth the ten seconds that its engine would give it to end by itself.
 	for _, n := range c.nodes() {
 		errs = append(errs, n.cgroup.Kill(ctx))
@@ -331,6 +345,37 @@ func (c *cluster) Close(ctx context.Context) error {
 		errs = append(errs, c.world.close(ctx))
 	}
 	return errors.Join(errs...)
+}
+
+// logLimit is how long a cluster that was thawed to be removed may take to hand out its logs.
+const logLimit = 10 * time.Second
+
+// keepLogs writes what tells of a lost pod into the run's folders, as far as it can be had: a cluster is removed without it too.
+func (c *cluster) keepLogs(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, logLimit)
+	defer cancel()
+	for _, s := range c.sites {
+		s.keepLog(ctx)
+	}
+	dir := filepath.Join(c.world.plan.Dir, c.name)
+	for _, n := range c.nodes() {
+		keep(ctx, n.kind, filepath.Join(dir, n.name+".log"), "journalctl", "--no-pager", "--output=short-iso", "--unit=kubelet", "--unit=containerd")
+	}
+	if c.control != nil {
+		kubectl := []string{"kubectl", "--kubeconfig=/etc/kubernetes/admin.conf", "--request-timeout=5s", "get", "--all-namespaces"}
+		keep(ctx, c.control.kind, filepath.Join(dir, "pods.log"), append(kubectl, "pods", "--output=wide")...)
+		keep(ctx, c.control.kind, filepath.Join(dir, "events.log"), append(kubectl, "events", "--sort-by=.lastTimestamp")...)
+	}
+}
+
+// keep writes what a command says on a node into a file.
+func keep(ctx context.Context, on nodes.Node, path string, command ...string) {
+	f, err := os.Create(path)
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	on.CommandContext(ctx, command[0], command[1:]...).SetStdout(f).SetStderr(f).Run()
 }
 
 // nodes are those that were found.

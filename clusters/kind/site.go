@@ -218,16 +218,11 @@ func (s *site) awaitPod(ctx context.Context, namespace string, options metav1.Li
 	return last, nil
 }
 
-// logLimit is how long a cluster that was thawed to be removed may take to hand out its proxy's log.
-const logLimit = 10 * time.Second
-
 // keepLog writes the proxy's log into the site's folder, where it can be had: a cluster is removed without it too.
 func (s *site) keepLog(ctx context.Context) {
 	if s.pod == nil {
 		return
 	}
-	ctx, cancel := context.WithTimeout(ctx, logLimit)
-	defer cancel()
 	host.Poll(ctx, "the proxy's log", func() (bool, error) {
 		b, err := s.cluster.client.CoreV1().Pods(s.pod.Namespace).GetLogs(s.pod.Name, &corev1.PodLogOptions{}).DoRaw(ctx)
 		if err != nil {
