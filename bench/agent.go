@@ -29,7 +29,7 @@ func newAgentCommand() *cobra.Command {
 		Short: "Carry the cluster's Services on this node with the embedded eBPF load balancer",
 		Long: `Carry the cluster's Services on this node with the embedded eBPF load balancer, in kube-proxy's place.
 
-Every process in the cgroup2 folder --cgroup and below it sees Services: a connect to a ClusterIP becomes a connect to
+Every process in the cgroup2 folder --cgroup and below it sees Services: a connect to one's address becomes a connect to
 one of its endpoints. With --pin-dir that goes on when the agent ends, until the folder is deleted.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
@@ -59,8 +59,9 @@ one of its endpoints. With --pin-dir that goes on when the agent ends, until the
 	flags.DurationVar(&cfg.MinSyncPeriod, "min-sync-period", agent.DefaultMinSyncPeriod, "least time between two syncs")
 	flags.StringVar(&cfg.HealthzBindAddress, "healthz-bind-address", agent.DefaultHealthzBindAddress, "`address:port` of /healthz and /livez; empty: none")
 	flags.StringVar(&cfg.MetricsBindAddress, "metrics-bind-address", agent.DefaultMetricsBindAddress, "`address:port` of /metrics; empty: none")
-	flags.IntVar(&cfg.LB.Services, "services-capacity", lb.DefaultServices, "most frontends (ClusterIP, port, protocol) of each IP version at a time")
+	flags.IntVar(&cfg.LB.Services, "services-capacity", lb.DefaultServices, "most frontends (address, port, protocol) of each IP version at a time")
 	flags.IntVar(&cfg.LB.Backends, "backends-capacity", lb.DefaultBackends, "most backends of each IP version, not counting those of IPv4 frontends with up to three, rounded up to a power of two")
+	flags.BoolVar(&cfg.LB.PeerNames, "peer-names", false, "have getpeername(2) name the Service on TCP sockets too, at a cost for each connect")
 	flags.IntVarP(&verbosity, "v", "v", 0, "log verbosity, as kube-proxy's")
 	return cmd
 }

@@ -137,7 +137,7 @@ func TestAgentFlagsSayWhatToDo(t *testing.T) {
 	}{
 		{"no cgroup", []string{"--kubeconfig", kubeconfig}, "name the processes that shall see Services: --cgroup=" + mount + "/FOLDER", true, false},
 		{"the root cgroup", []string{"--kubeconfig", kubeconfig, "--cgroup", mount}, lb.ErrRootCgroup.Error(), true, true},
-		{"no such cgroup", append(good, "--cgroup", "/nonexistent"), "attach the connect hooks to /nonexistent: no such file", false, true},
+		{"no such cgroup", append(good, "--cgroup", "/nonexistent"), "attach the socket hooks to /nonexistent: no such file", false, true},
 		{"no cgroup2 folder", append(good, "--cgroup", filepath.Dir(kubeconfig)), "not a folder of a cgroup2 file system", false, true},
 		{"no kubeconfig", []string{"--cgroup", cgroup}, "name a kubeconfig file", false, false},
 		{"no such kubeconfig", append(good, "--kubeconfig", "/nonexistent"), "client configuration: stat /nonexistent: no such file", false, false},

@@ -5,8 +5,8 @@
 // Its front half is kube-proxy's own: the same watches, change trackers and choice of endpoints, so that what differs
 // from kube-proxy is the dataplane. It is the only package that knows k8s.io/kubernetes.
 //
-// This version carries ClusterIPs over IPv4 and IPv6 for TCP and UDP. Services with ClientIP affinity are spread like others, and
-// NodePorts, external addresses and SCTP are left alone.
+// This version carries what processes on the node connect and send to, over IPv4 and IPv6, TCP and UDP. Services with ClientIP
+// affinity are spread like others. Packets from outside the node, SCTP, and load balancers' addresses with source ranges are left alone.
 package agent
 
 import (
@@ -121,10 +121,12 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	serviceConfig := proxyconfig.NewServiceConfig(ctx, services.Core().V1().Services(), 0)
 	sliceConfig := proxyconfig.NewEndpointSliceConfig(ctx, slices.Discovery().V1().EndpointSlices(), 0)
 	topologyConfig := proxyconfig.NewNodeTopologyConfig(ctx, node, 0)
+	nodeConfig := proxyconfig.NewNodeConfig(ctx, node, 0)
 	for _, s := range syncers {
 		serviceConfig.RegisterEventHandler(s)
 		sliceConfig.RegisterEventHandler(s)
 		topologyConfig.RegisterEventHandler(s)
+		nodeConfig.RegisterEventHandler(s)
 	}
 	for _, factory := range []informers.SharedInformerFactory{nodes, services, slices} {
 		factory.Start(ctx.Done())
@@ -135,6 +137,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	}
 	watches.Go(func() { serviceConfig.Run(ctx.Done()) })
 	watches.Go(func() { sliceConfig.Run(ctx.Done()) })
+	watches.Go(func() { nodeConfig.Run(ctx.Done()) })
 	klog.InfoS("Agent started", "node", cfg.NodeName, "cgroup", cfg.Cgroup)
 
 	select {

@@ -31,10 +31,10 @@ func mustSinks(b *testing.B) *lbtest.Pod {
 }
 
 // mustCarry has a pod's connects translated to so many Services, whose backends are the sinks.
-func mustCarry(b *testing.B, pod *lbtest.Pod, services int) ([]lb.Change, *rand.Rand) {
+func mustCarry(b *testing.B, pod *lbtest.Pod, options lb.Options, services int) ([]lb.Change, *rand.Rand) {
 	b.Helper()
 	changes := manyChanges(services)
-	mustSync(b, mustLoad(b, pod, lb.Options{}), changes...)
+	mustSync(b, mustLoad(b, pod, options), changes...)
 	return changes, rand.New(rand.NewPCG(1, uint64(services)))
 }
 
@@ -43,22 +43,24 @@ func mustCarry(b *testing.B, pod *lbtest.Pod, services int) ([]lb.Change, *rand.
 // adds as the median of the differences between neighbouring blocks.
 func BenchmarkConnect(b *testing.B) {
 	const block = 500
-	for _, services := range []int{1, 20_000, 50_000} {
-		b.Run(fmt.Sprintf("services=%d", services), func(b *testing.B) {
-			plain, translated := mustSinks(b), mustSinks(b)
-			changes, random := mustCarry(b, translated, services)
+	for _, options := range []lb.Options{{}, {PeerNames: true}} {
+		for _, services := range []int{1, 20_000, 50_000} {
+			b.Run(fmt.Sprintf("peer-names=%t/services=%d", options.PeerNames, services), func(b *testing.B) {
+				plain, translated := mustSinks(b), mustSinks(b)
+				changes, random := mustCarry(b, translated, options, services)
 
-			var direct, service, added []float64
-			for b.Loop() {
-				d := median(plain.ConnectTimes(b, block, sinks))
-				s := median(translated.ConnectTimes(b, block, randomTargets(random, changes, block)))
-				direct, service, added = append(direct, d), append(service, s), append(added, s-d)
-			}
-			b.ReportMetric(median(direct), "direct-ns")
-			b.ReportMetric(median(service), "service-ns")
-			b.ReportMetric(median(added), "added-ns")
-			b.ReportMetric(median(service)/median(direct), "ratio")
-		})
+				var direct, service, added []float64
+				for b.Loop() {
+					d := median(plain.ConnectTimes(b, block, sinks))
+					s := median(translated.ConnectTimes(b, block, randomTargets(random, changes, block)))
+					direct, service, added = append(direct, d), append(service, s), append(added, s-d)
+				}
+				b.ReportMetric(median(direct), "direct-ns")
+				b.ReportMetric(median(service), "service-ns")
+				b.ReportMetric(median(added), "added-ns")
+				b.ReportMetric(median(service)/median(direct), "ratio")
+			})
+		}
 	}
 }
 
@@ -70,7 +72,7 @@ func BenchmarkHook(b *testing.B) {
 		b.Run(fmt.Sprintf("services=%d", services), func(b *testing.B) {
 			plain, translated := mustSinks(b), mustSinks(b)
 			mustAttachEmpty(b, plain.Cgroup)
-			changes, random := mustCarry(b, translated, services)
+			changes, random := mustCarry(b, translated, lb.Options{}, services)
 			statistics, err := ebpf.EnableStats(unix.BPF_STATS_RUN_TIME)
 			if err != nil {
 				b.Fatal(err)

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package lb is a load balancer in the kernel's socket hooks: a connect(2) to a Service address becomes a connect(2) to
-// one of its backends. It knows addresses, not Kubernetes.
+// one of its backends, and a sendto(2) likewise. It knows addresses, not Kubernetes.
 //
-// This version carries TCP and connected UDP over IPv4 and IPv6, at cgroup/connect4 and connect6. It keeps no reverse
-// state, so getpeername(2) on a translated socket names the backend, and sendto(2) on an unconnected UDP socket is not
-// translated.
+// This version carries TCP and UDP over IPv4 and IPv6, for the processes of a cgroup.
 package lb
 
 import (
@@ -53,6 +51,10 @@ type Options struct {
 	// Grace is how long the backends that a frontend had before a change stay untouched for connects that are under
 	// way. 0 means DefaultGrace.
 	Grace time.Duration
+	// PeerNames has getpeername(2) name the frontend on TCP sockets too; else it names the backend. Each connect then
+	// allocates state for its socket, which costs more than the rest. UDP sockets have it in any case: resolvers drop
+	// answers from any address but the one they asked.
+	PeerNames bool
 	// PinDir is a folder on a bpffs under which maps and links are pinned, in a folder named for their layout, so that
 	// connects go on being translated while no process holds them. Load takes over what it finds there. Deleting the
 	// folder removes all that outlives the process. Empty means that nothing does.
@@ -90,7 +92,7 @@ func (o Options) validate() error {
 type Balancer struct {
 	// Set once by Load.
 	options Options
-	objects connectObjects
+	objects socketObjects
 
 	// Guarded by mu.
 	mu         sync.Mutex
@@ -112,8 +114,14 @@ type hook struct {
 
 func (b *Balancer) hooks() []hook {
 	return []hook{
-		{connectProgConnect4, ebpf.AttachCGroupInet4Connect, b.objects.Connect4},
-		{connectProgConnect6, ebpf.AttachCGroupInet6Connect, b.objects.Connect6},
+		{socketProgConnect4, ebpf.AttachCGroupInet4Connect, b.objects.Connect4},
+		{socketProgConnect6, ebpf.AttachCGroupInet6Connect, b.objects.Connect6},
+		{socketProgSendmsg4, ebpf.AttachCGroupUDP4Sendmsg, b.objects.Sendmsg4},
+		{socketProgSendmsg6, ebpf.AttachCGroupUDP6Sendmsg, b.objects.Sendmsg6},
+		{socketProgRecvmsg4, ebpf.AttachCGroupUDP4Recvmsg, b.objects.Recvmsg4},
+		{socketProgRecvmsg6, ebpf.AttachCGroupUDP6Recvmsg, b.objects.Recvmsg6},
+		{socketProgGetpeername4, ebpf.AttachCgroupInet4GetPeername, b.objects.Getpeername4},
+		{socketProgGetpeername6, ebpf.AttachCgroupInet6GetPeername, b.objects.Getpeername6},
 	}
 }
 
@@ -132,7 +140,7 @@ func Load(options Options) (_ *Balancer, err error) {
 		}
 	}()
 
-	spec, err := loadConnect()
+	spec, err := loadSocket()
 	if err != nil {
 		return nil, fmt.Errorf("read the embedded object: %w", err)
 	}
@@ -150,14 +158,15 @@ func Load(options Options) (_ *Balancer, err error) {
 			err = errors.Join(err, m.Close()) // objects has its own copies
 		}
 	}()
-	if b.ipv4, err = newFamily(b.options, keyWords4, slotWords4, maps[connectMapServices4], maps[connectMapBackends4]); err != nil {
+	if b.ipv4, err = newFamily(b.options, keyWords4, slotWords4, maps[socketMapServices4], maps[socketMapBackends4]); err != nil {
 		return nil, err
 	}
-	if b.ipv6, err = newFamily(b.options, keyWords6, slotWords6, maps[connectMapServices6], maps[connectMapBackends6]); err != nil {
+	if b.ipv6, err = newFamily(b.options, keyWords6, slotWords6, maps[socketMapServices6], maps[socketMapBackends6]); err != nil {
 		return nil, err
 	}
 	for name, value := range map[string]any{
 		"seeds4": b.ipv4.table.seeds, "seeds6": b.ipv6.table.seeds, "bucket_mask": uint32(len(b.ipv4.table.buckets) - 1),
+		"peer_names": b.options.PeerNames,
 	} {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return nil, fmt.Errorf("constant of the programs: %w", err)
@@ -177,13 +186,16 @@ func Load(options Options) (_ *Balancer, err error) {
 	return b, nil
 }
 
-// openMaps makes the maps that are written here, or opens those that are pinned.
+// openMaps makes the maps, or opens those that are pinned.
 func (b *Balancer) openMaps(spec *ebpf.CollectionSpec) (_ map[string]*ebpf.Map, err error) {
 	entries := map[string]int{
-		connectMapServices4: tableBuckets(b.options.Services) + 1,
-		connectMapServices6: tableBuckets(b.options.Services) + 1,
-		connectMapBackends4: b.options.Backends,
-		connectMapBackends6: b.options.Backends,
+		socketMapServices4: tableBuckets(b.options.Services) + 1,
+		socketMapServices6: tableBuckets(b.options.Services) + 1,
+		socketMapBackends4: b.options.Backends,
+		socketMapBackends6: b.options.Backends,
+		// What sockets remember has no size of its own.
+		socketMapDatagrams: 0,
+		socketMapStreams:   0,
 	}
 	pin := ebpf.MapOptions{}
 	if b.options.PinDir != "" {
@@ -213,26 +225,26 @@ func (b *Balancer) explainLoad(err error) error {
 	case errors.Is(err, ebpf.ErrMapIncompatible):
 		return fmt.Errorf("maps pinned in %s have other sizes (delete the folder, or keep its sizes): %w", b.pinDir(), err)
 	case errors.Is(err, ebpf.ErrNotSupported):
-		return fmt.Errorf("load the connect hooks: %w: %w", ErrNotSupported, err)
+		return fmt.Errorf("load the socket hooks: %w: %w", ErrNotSupported, err)
 	case errors.Is(features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSetRetval), ebpf.ErrNotSupported):
-		return fmt.Errorf("load the connect hooks: bpf_set_retval (Linux 5.18): %w: %w", ErrNotSupported, err)
+		return fmt.Errorf("load the socket hooks: bpf_set_retval (Linux 5.18): %w: %w", ErrNotSupported, err)
 	case errors.Is(err, unix.EPERM):
-		return fmt.Errorf("load the connect hooks: BPF is not permitted here (want root, or CAP_BPF and CAP_NET_ADMIN): %w", err)
+		return fmt.Errorf("load the socket hooks: BPF is not permitted here (want root, or CAP_BPF and CAP_NET_ADMIN): %w", err)
 	}
-	return fmt.Errorf("load the connect hooks: %w", err)
+	return fmt.Errorf("load the socket hooks: %w", err)
 }
 
-// Attach lets the programs see every connect(2) of the processes in a cgroup2 folder and its sub-folders. With a PinDir it
+// Attach lets the programs see every connect(2) and sendto(2) of the processes in a cgroup2 folder and its sub-folders. With a PinDir it
 // replaces the programs that a former Balancer attached there: no connect goes untranslated meanwhile. After an error some
 // may be attached: Detach, or Close without a PinDir, ends that.
 func (b *Balancer) Attach(cgroup string) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.links != nil {
-		return errors.New("the connect hooks are attached already")
+		return errors.New("the socket hooks are attached already")
 	}
 	if err := checkCgroup(cgroup); err != nil {
-		return fmt.Errorf("attach the connect hooks to %s: %w", cgroup, err)
+		return fmt.Errorf("attach the socket hooks to %s: %w", cgroup, err)
 	}
 	for _, h := range b.hooks() {
 		if err := b.attach(h, cgroup); err != nil {

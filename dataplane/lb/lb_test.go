@@ -177,6 +177,95 @@ func TestConnect(t *testing.T) {
 	})
 }
 
+// An unconnected UDP socket is answered from the frontend's address, by one backend for as long as the frontend has it.
+func TestUnconnected(t *testing.T) {
+	onEach(t, func(t *testing.T, pod *lbtest.Pod, g ground) {
+		b := mustLoad(t, pod, lb.Options{})
+		network := g.udp
+		if netip.MustParseAddrPort(g.vip).Addr().Is6() {
+			network = "udp6"
+		}
+		pod.Open(t, network)
+		mustSync(t, b, to(udp(g.vip), g.first, g.second), to(udp(g.neighbour), g.last))
+		got := pod.Exchange(t, g.vip, 20)
+		wantAnswers(t, got, 20, g.first, g.second)
+		wantPeer(t, got, g.vip)
+		if len(got.Answers) != 1 {
+			t.Fatalf("want one backend to answer, got %v", got.Answers)
+		}
+		chosen := slices.Collect(maps.Keys(got.Answers))[0]
+
+		mustSync(t, b, to(udp(g.vip), g.last, g.last, chosen, g.last, g.last))
+		wantAnswers(t, pod.Exchange(t, g.vip, 10), 10, chosen)
+		mustSync(t, b, to(udp(g.vip), g.last, chosen))
+		wantAnswers(t, pod.Exchange(t, g.vip, 10), 10, chosen)
+		got = pod.Exchange(t, g.neighbour, 5)
+		wantAnswers(t, got, 5, g.last)
+		wantPeer(t, got, g.neighbour)
+		wantPeer(t, pod.Exchange(t, g.vip, 5), g.vip)
+
+		mustSync(t, b, to(udp(g.vip), g.last))
+		got = pod.Exchange(t, g.vip, 10)
+		wantAnswers(t, got, 10, g.last)
+		wantPeer(t, got, g.vip)
+		mustSync(t, b, to(udp(g.vip)))
+		wantErrors(t, pod.Exchange(t, g.vip, 2), 2, unix.ECONNREFUSED)
+		mustSync(t, b, lb.Change{Frontend: udp(g.vip), Withdraw: true})
+		wantErrors(t, pod.Exchange(t, g.vip, 2), 2, unix.ENETUNREACH)
+		got = pod.Exchange(t, g.first, 2)
+		wantAnswers(t, got, 2, g.first)
+		wantPeer(t, got, g.first)
+	})
+}
+
+// A socket that talks to more frontends than it can remember is still answered from each.
+func TestUnconnectedToMany(t *testing.T) {
+	pod := lbtest.StartPod(t)
+	pod.Listen(t, "udp", "127.0.0.1:8080")
+	b := mustLoad(t, pod, lb.Options{})
+	pod.Open(t, "udp4")
+	for round := range 2 {
+		for i := range 20 {
+			frontend := udp(fmt.Sprintf("10.96.0.%d:53", i+1))
+			if round == 0 {
+				mustSync(t, b, to(frontend, "127.0.0.1:8080"))
+			}
+			got := pod.Exchange(t, frontend.Address.String(), 1)
+			wantAnswers(t, got, 1, "127.0.0.1:8080")
+			wantPeer(t, got, frontend.Address.String())
+		}
+	}
+}
+
+// getpeername(2) names the frontend on UDP sockets, and on TCP sockets if it is asked for.
+func TestPeerNames(t *testing.T) {
+	onEach(t, func(t *testing.T, pod *lbtest.Pod, g ground) {
+		for _, names := range []bool{false, true} {
+			b := mustLoad(t, pod, lb.Options{PeerNames: names})
+			mustSync(t, b, to(tcp(g.vip), g.first), to(udp(g.vip), g.first))
+			peer := g.first
+			if names {
+				peer = g.vip
+			}
+			wantPeer(t, pod.Connect(t, g.tcp, g.vip, 3), peer)
+			wantPeer(t, pod.Connect(t, g.udp, g.vip, 3), g.vip)
+			wantPeer(t, pod.Connect(t, g.tcp, g.first, 3), g.first)
+			wantPeer(t, pod.Connect(t, g.udp, g.first, 3), g.first)
+			if err := b.Detach(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+}
+
+// wantPeer fails the test unless all answers seem to come from one address.
+func wantPeer(tb testing.TB, got lbtest.Outcome, address string) {
+	tb.Helper()
+	if len(got.Peers) != 1 || got.Peers[address] == 0 || len(got.Errors) > 0 {
+		tb.Errorf("want the peer %v, got %+v", address, got)
+	}
+}
+
 // Connects are spread evenly over five backends, by chi-square.
 func TestUniform(t *testing.T) {
 	pod := lbtest.StartPod(t)

@@ -13,7 +13,7 @@ import (
 )
 
 // layout names the folder of the pins. It changes with what the words in the maps mean.
-const layout = "v3"
+const layout = "v4"
 
 func (b *Balancer) pinDir() string        { return filepath.Join(b.options.PinDir, layout) }
 func (b *Balancer) linkPin(h hook) string { return filepath.Join(b.pinDir(), h.name) }

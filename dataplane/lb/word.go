@@ -11,7 +11,7 @@ import (
 // Protocol is an IP protocol number.
 type Protocol uint8
 
-// The protocols that the connect hooks see.
+// The protocols that the hooks see.
 const (
 	TCP Protocol = 6
 	UDP Protocol = 17
@@ -42,7 +42,7 @@ const (
 )
 
 // A key is a Frontend as its entry has it: {address:32, port:16, protocol:8, scope:8} in network byte order, for IPv6 with
-// no address there, but in the two words after. See struct frontend in connect.bpf.c. The unused words of IPv4 are zero.
+// no address there, but in the two words after. See struct frontend in socket.bpf.c. The unused words of IPv4 are zero.
 type key [keyWords6]uint64
 
 // keyOf expects a Frontend that check passed.

@@ -168,9 +168,11 @@ func MountBPF(tb testing.TB) string {
 	return fmt.Sprintf("/proc/self/task/%d/root%s", unix.Gettid(), folder)
 }
 
-// Outcome counts what came of connects: by what the server answered, and errors by their text.
+// Outcome counts what came of connects and exchanges: by what the server answered, by its address as the client sees it
+// (getpeername(2), or where an answer to an unconnected socket is from), and errors by their text.
 type Outcome struct {
 	Answers map[string]int
+	Peers   map[string]int
 	Errors  map[string]int
 }
 
@@ -193,6 +195,21 @@ func (p *Pod) Connect(tb testing.TB, network, address string, n int) Outcome {
 	tb.Helper()
 	var outcome Outcome
 	p.do(tb, "Connect", Target{Network: network, Address: address, N: n}, &outcome)
+	return outcome
+}
+
+// Open opens the unconnected UDP socket that Exchange sends from, in place of the one before. On the network "udp6" it is a
+// socket of IPv6, which also talks to addresses of IPv4.
+func (p *Pod) Open(tb testing.TB, network string) {
+	tb.Helper()
+	p.do(tb, "Open", network, nil)
+}
+
+// Exchange sends to address n times, one after the other, and awaits an answer to each.
+func (p *Pod) Exchange(tb testing.TB, address string, n int) Outcome {
+	tb.Helper()
+	var outcome Outcome
+	p.do(tb, "Exchange", Target{Address: address, N: n}, &outcome)
 	return outcome
 }
 

@@ -35,6 +35,7 @@ func servePod() error {
 type Orders struct {
 	stop    chan struct{}
 	outcome chan Outcome
+	socket  net.PacketConn // of Exchange
 }
 
 // A Target is what a pod listens at or connects to.
@@ -68,6 +69,8 @@ func (*Orders) AddAddress(cidr string, _ *struct{}) error {
 	if err != nil {
 		return err
 	}
+	// Else an address of IPv6 cannot be used until the kernel has come to find that loopback wants no duplicate address detection.
+	address.Flags |= unix.IFA_F_NODAD
 	return netlink.AddrAdd(lo, address)
 }
 
@@ -116,6 +119,45 @@ func (*Orders) Connect(t Target, outcome *Outcome) error {
 	return nil
 }
 
+// Open is the order of the same name.
+func (o *Orders) Open(network string, _ *struct{}) (err error) {
+	if network == "udp6" {
+		o.socket, err = net.ListenPacket("udp", "[::]:0") // of both versions
+	} else {
+		o.socket, err = net.ListenPacket("udp4", "0.0.0.0:0")
+	}
+	return err
+}
+
+// Exchange is the order of the same name.
+func (o *Orders) Exchange(t Target, outcome *Outcome) error {
+	to, err := net.ResolveUDPAddr("udp", t.Address)
+	if err != nil {
+		return err
+	}
+	*outcome = newOutcome()
+	for range t.N {
+		outcome.add(exchange(o.socket, to))
+	}
+	return nil
+}
+
+// exchange sends from an unconnected socket and returns the answer and who gave it.
+func exchange(socket net.PacketConn, to *net.UDPAddr) (said, error) {
+	if err := socket.SetDeadline(time.Now().Add(patience)); err != nil {
+		return said{}, err
+	}
+	if _, err := socket.WriteTo([]byte{'?'}, to); err != nil {
+		return said{}, err
+	}
+	answer := make([]byte, 64)
+	n, from, err := socket.ReadFrom(answer)
+	if err != nil {
+		return said{}, err
+	}
+	return said{string(answer[:n]), from.String()}, nil
+}
+
 // StartHammer is Hammer's order.
 func (o *Orders) StartHammer(t Target, _ *struct{}) error {
 	o.stop, o.outcome = make(chan struct{}), make(chan Outcome)
@@ -145,11 +187,17 @@ func (o *Orders) StopHammer(_ struct{}, outcome *Outcome) error {
 	return nil
 }
 
-func newOutcome() Outcome { return Outcome{Answers: map[string]int{}, Errors: map[string]int{}} }
+func newOutcome() Outcome {
+	return Outcome{Answers: map[string]int{}, Peers: map[string]int{}, Errors: map[string]int{}}
+}
 
-func (o Outcome) add(answer string, err error) {
+// said is what a server answered, and its address as the client sees it.
+type said struct{ answer, peer string }
+
+func (o Outcome) add(s said, err error) {
 	if err == nil {
-		o.Answers[answer]++
+		o.Answers[s.answer]++
+		o.Peers[s.peer]++
 		return
 	}
 	var number syscall.Errno
@@ -160,29 +208,36 @@ func (o Outcome) add(answer string, err error) {
 }
 
 // ask connects and returns the server's answer.
-func ask(network, address string) (string, error) {
+func ask(network, address string) (said, error) {
 	conn, err := dial(network, address)
 	if err != nil {
-		return "", err
+		return said{}, err
 	}
 	defer conn.Close()
 	if tcp, ok := conn.(*net.TCPConn); ok {
 		// An RST at the end leaves no TIME_WAIT, which would use the ports up.
 		if err := tcp.SetLinger(0); err != nil {
-			return "", err
+			return said{}, err
 		}
 	}
 	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
-		return "", err
+		return said{}, err
 	}
-	if strings.HasPrefix(network, "udp") {
-		if _, err := conn.Write([]byte{'?'}); err != nil {
-			return "", err
+	answer, peer := make([]byte, 64), conn.RemoteAddr()
+	var n int
+	if udp, ok := conn.(*net.UDPConn); ok {
+		if _, err := udp.Write([]byte{'?'}); err != nil {
+			return said{}, err
 		}
+		// A resolver drops what comes from any other address than getpeername(2) says.
+		var from net.Addr
+		if n, from, err = udp.ReadFrom(answer); err == nil && from.String() != peer.String() {
+			return said{}, fmt.Errorf("connected to %v, answered by %v", peer, from)
+		}
+	} else {
+		n, err = conn.Read(answer)
 	}
-	answer := make([]byte, 64)
-	n, err := conn.Read(answer)
-	return string(answer[:n]), err
+	return said{string(answer[:n]), peer.String()}, err
 }
 
 // dial connects to an address. An IPv4 address is mapped into IPv6 if the network says 6 (RFC 4291, 2.5.5.2), which package

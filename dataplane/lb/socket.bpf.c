@@ -1,0 +1,585 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+
+//go:build ignore
+
+// The socket half of the load balancer: connect(2) to a Service address becomes a connect(2) to one of its backends, and
+// sendto(2) likewise, whose answers come from the Service's address again. dataplane/README.md draws the packet's way;
+// table.go, word.go and sync.go write the maps that are read here.
+
+#include <linux/bpf.h>
+#include <linux/errno.h>
+#include <linux/in.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+// A frontend is what is looked up: for IPv4 this one word, for IPv6 the word without an address and two with it.
+struct frontend {
+	__be32 address;
+	__be16 port;
+	__u8 protocol;
+	__u8 scope; // 0: from inside the cluster
+};
+
+#define KEY4 1 // words of a key
+#define KEY6 3
+
+// A backend is a word {address:32, port:16, owner:16}, address and port in network byte order; for IPv6 it has no address,
+// which follows in two more, and a fourth is the hash of the three.
+#define SLOT4 1 // words of a slot of a backends map
+#define SLOT6 4
+
+// An entry is what is known of a frontend, in one cache line: its key, its service word {base:32, count:16, owner:16}, and
+// for IPv4 room for two sets of three backends. The backends are count from base: words of the entry itself if base is
+// below ENTRY_WORDS, else slots of the backends map. The service is one word because an update must be seen whole.
+#define ENTRY_WORDS 8
+
+// A bucket is a page of entries, so that a look-up touches one page. Its entries are probed from the one that the hash
+// names, round and round, to the first that is empty.
+#define BUCKET_ENTRIES 64
+
+struct bucket {
+	__u64 entries[BUCKET_ENTRIES][ENTRY_WORDS];
+};
+
+// The services of a family are an open-addressing hash table. The element after its last bucket is for the process that
+// writes it.
+struct services {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct bucket);
+	__uint(max_entries, (1 << 11) + 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+};
+
+struct services services4 SEC(".maps"), services6 SEC(".maps");
+
+// The backends of services that have more than three, and for IPv6 all.
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, SLOT4 * sizeof(__u64));
+	__uint(max_entries, 1 << 18);
+	__uint(map_flags, BPF_F_MMAPABLE);
+} backends4 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, SLOT6 * sizeof(__u64));
+	__uint(max_entries, 1 << 18);
+	__uint(map_flags, BPF_F_MMAPABLE);
+} backends6 SEC(".maps");
+
+// A choice is a backend, and the service word by which it was found.
+struct choice {
+	__u64 service;
+	__u64 backend[KEY6]; // of IPv4 only the first
+};
+
+// A flow is what a socket sends to.
+struct flow {
+	__u64 key[KEY6]; // of IPv4 only the first
+	struct choice choice;
+};
+
+// Flows are the last ones of a UDP socket. Each goes on to its backend while the Service has that, as it would by conntrack.
+// Of a socket that talks to more Services at a time than there is room for, answers to the oldest come from its backend.
+#define FLOWS 8
+
+struct flows {
+	struct bpf_spin_lock lock; // threads may share the socket
+	__u32 next;                // counts flows; the oldest is replaced
+	__u32 last;                // the flow that was sent to last
+	struct flow flows[FLOWS];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct flows);
+} datagrams SEC(".maps");
+
+// What a TCP socket connected to last, if getpeername(2) is to know.
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct flow);
+} streams SEC(".maps");
+
+// Set before the programs are loaded, and then constants to the verifier. The seeds are odd.
+const volatile __u64 seeds4[KEY4], seeds6[KEY6];
+const volatile __u32 bucket_mask; // buckets - 1
+const volatile __u8 peer_names;   // whether getpeername(2) of a TCP socket names the Service
+
+// Subtle: words that another processor may be writing are read once.
+#define READ_ONCE(word) (*(const volatile __u64 *)&(word))
+
+// hash_of is a multilinear hash with secret multipliers, so that nobody can choose Services that meet in one bucket
+// (Dietzfelbinger et al., "A reliable randomized algorithm for the closest-pair problem", 1997), and what MurmurHash3
+// finishes with, which spreads neighbouring addresses.
+static __always_inline __u64 hash_of(const __u64 *key, const volatile __u64 *seeds, int words)
+{
+	__u64 hash = 0;
+
+#pragma unroll
+	for (int i = 0; i < words; i++)
+		hash += key[i] * seeds[i];
+	hash = (hash ^ hash >> 33) * 0xff51afd7ed558ccdULL;
+	return (hash ^ hash >> 33) * 0xc4ceb9fe1a85ec53ULL;
+}
+
+// owner_of gives the 16 bits that mark what belongs to a frontend. They are never all zero, as what was not written is.
+static __always_inline __u16 owner_of(__u64 hash)
+{
+	return hash >> 16 | 1;
+}
+
+static __always_inline void copy(__u64 *to, const __u64 *from)
+{
+	to[0] = from[0];
+	to[1] = from[1];
+	to[2] = from[2];
+}
+
+static __always_inline int same(const __u64 *a, const __u64 *b)
+{
+	return a[0] == b[0] && a[1] == b[1] && a[2] == b[2];
+}
+
+// find gives the entry of a frontend, or NULL.
+static __always_inline const __u64 *find(void *services, const __u64 *key, int words, __u64 hash)
+{
+	__u32 index = (hash >> 40) & bucket_mask;
+	const struct bucket *bucket = bpf_map_lookup_elem(services, &index);
+	if (!bucket)
+		return NULL;
+
+	for (__u32 probe = 0; probe < BUCKET_ENTRIES; probe++) {
+		const __u64 *entry = bucket->entries[((hash >> 34) + probe) % BUCKET_ENTRIES];
+		__u64 first = READ_ONCE(entry[0]);
+		if (first == key[0] && (words == KEY4 || (READ_ONCE(entry[1]) == key[1] && READ_ONCE(entry[2]) == key[2])))
+			return entry;
+		if (!first)
+			return NULL;
+	}
+	return NULL;
+}
+
+// A verdict says what becomes of a connect.
+enum verdict {
+	PASS,      // there is no such Service: the connect goes on as it was asked for
+	TRANSLATE, // it goes to the backend
+	REFUSE,    // the Service has no backends
+};
+
+// read_backend gives a backend of the entry of a frontend or of the backends map: one word of it for IPv4, three for IPv6. It
+// returns false for what does not exist, or was met while it was written.
+static __always_inline int read_backend(void *backends, const volatile __u64 *seeds, const __u64 *entry, int words, __u32 index,
+					__u64 *backend)
+{
+	if (words == KEY4 && index < ENTRY_WORDS) {
+		backend[0] = READ_ONCE(entry[index]);
+		return 1;
+	}
+	const __u64 *slot = bpf_map_lookup_elem(backends, &index);
+	if (!slot)
+		return 0;
+	backend[0] = READ_ONCE(slot[0]);
+	if (words == KEY4)
+		return 1;
+	backend[1] = READ_ONCE(slot[1]);
+	backend[2] = READ_ONCE(slot[2]);
+	// Subtle: words of two backends, if the slot is being written.
+	return READ_ONCE(slot[3]) == hash_of(backend, seeds, KEY6);
+}
+
+// Each round is one look at a state that may be changing. Two rounds are rare, four are never seen.
+#define ROUNDS 4
+
+// choose gives a flow's frontend a backend.
+static __always_inline enum verdict choose(void *services, void *backends, const volatile __u64 *seeds, int words,
+					   struct flow *flow)
+{
+	__u64 hash = hash_of(flow->key, seeds, words);
+	__u16 owner = owner_of(hash);
+
+	for (int round = 0; round < ROUNDS; round++) {
+		const __u64 *entry = find(services, flow->key, words, hash);
+		if (!entry)
+			return PASS;
+
+		// Subtle: the entry may by now have been given to another frontend; the owner tells.
+		__u64 service = READ_ONCE(entry[words]);
+		if ((__u16)service != owner)
+			continue;
+
+		__u32 count = (service >> 16) & 0xffff;
+		if (!count)
+			return REFUSE;
+
+		// Multiplying high is uniform to within count / 2^32 and spares the division of random % count.
+		__u32 index = service >> 32;
+		if (count > 1)
+			index += ((__u64)bpf_get_prandom_u32() * count) >> 32;
+		if (!read_backend(backends, seeds, entry, words, index, flow->choice.backend))
+			continue;
+		// Subtle: a place that was given to another frontend since the service was read shows by its owner too, and
+		// one that lost its backend holds zero.
+		if ((__u16)flow->choice.backend[0] != owner)
+			continue;
+		flow->choice.service = service;
+		return TRANSLATE;
+	}
+	return REFUSE;
+}
+
+// A search is for the backend of a flow among those of its frontend.
+struct search {
+	struct flow *flow;
+	const __u64 *entry;
+	__u32 base; // of the frontend's backends
+	__u32 found;
+};
+
+// look is a step of a search, and ends it when it returns 1.
+static __always_inline long look(void *backends, const volatile __u64 *seeds, int words, __u32 step, struct search *search)
+{
+	__u64 backend[KEY6] = {};
+
+	// The owner is in the first word.
+	if (!read_backend(backends, seeds, search->entry, words, search->base + step, backend) ||
+	    !same(backend, search->flow->choice.backend))
+		return 0;
+	search->found = 1;
+	return 1;
+}
+
+static long look4(__u32 step, void *search)
+{
+	return look(&backends4, seeds4, KEY4, step, search);
+}
+
+static long look6(__u32 step, void *search)
+{
+	return look(&backends6, seeds6, KEY6, step, search);
+}
+
+// keeps tells whether a flow's backend is one of its frontend's still.
+static __always_inline int keeps(void *services, const volatile __u64 *seeds, int words, struct flow *flow)
+{
+	struct search search = { .flow = flow };
+
+	search.entry = find(services, flow->key, words, hash_of(flow->key, seeds, words));
+	if (!search.entry)
+		return 0;
+	__u64 service = READ_ONCE(search.entry[words]);
+	if (service == flow->choice.service)
+		return 1;
+
+	search.base = service >> 32;
+	bpf_loop((service >> 16) & 0xffff, words == KEY4 ? look4 : look6, &search, 0);
+	flow->choice.service = service;
+	return search.found;
+}
+
+// recall gives a flow the choice that was made for its key before, or returns false.
+static __always_inline int recall(struct flows *flows, struct flow *flow)
+{
+	int known = 0;
+
+	bpf_spin_lock(&flows->lock);
+	for (__u32 i = 0; i < FLOWS; i++) {
+		if (same(flows->flows[i].key, flow->key)) {
+			flow->choice = flows->flows[i].choice;
+			flows->last = i;
+			known = 1;
+			break;
+		}
+	}
+	bpf_spin_unlock(&flows->lock);
+	return known;
+}
+
+// remember keeps a flow in the place of the one with its key, or of the oldest.
+static __always_inline void remember(struct flows *flows, const struct flow *flow)
+{
+	bpf_spin_lock(&flows->lock);
+	__u32 place = FLOWS;
+	for (__u32 i = 0; i < FLOWS; i++) {
+		if (same(flows->flows[i].key, flow->key))
+			place = i;
+	}
+	if (place == FLOWS)
+		place = flows->next++;
+	place %= FLOWS;
+	flows->last = place;
+	flows->flows[place] = *flow;
+	bpf_spin_unlock(&flows->lock);
+}
+
+// translate finds a backend for what a socket connects or sends to. A flow of a UDP socket keeps the one that it had.
+static __always_inline enum verdict translate(struct bpf_sock_addr *ctx, void *services, void *backends,
+					      const volatile __u64 *seeds, int words, struct flow *flow)
+{
+	struct flows *flows = NULL;
+	int datagrams_of = ctx->protocol == IPPROTO_UDP;
+
+	if (datagrams_of && (flows = bpf_sk_storage_get(&datagrams, ctx->sk, NULL, 0)) && recall(flows, flow)) {
+		__u64 service = flow->choice.service;
+
+		if (keeps(services, seeds, words, flow)) {
+			if (flow->choice.service != service)
+				remember(flows, flow);
+			return TRANSLATE;
+		}
+	}
+
+	enum verdict verdict = choose(services, backends, seeds, words, flow);
+	if (verdict != TRANSLATE)
+		return verdict;
+
+	// Without memory for what is to be remembered the packets go their way all the same, and the peer has the backend's name.
+	if (datagrams_of) {
+		if (!flows)
+			flows = bpf_sk_storage_get(&datagrams, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+		if (flows)
+			remember(flows, flow);
+	} else if (peer_names) {
+		struct flow *stream = bpf_sk_storage_get(&streams, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+
+		if (stream)
+			*stream = *flow;
+	}
+	return TRANSLATE;
+}
+
+// frontend_word makes the first word of a key. protocol is 262 for MPTCP, which in eight bits is TCP, as it should be.
+static __always_inline __u64 frontend_word(__be32 address, struct bpf_sock_addr *ctx)
+{
+	struct frontend frontend __attribute__((aligned(8))) = {
+		.address = address,
+		.port = ctx->user_port,
+		.protocol = ctx->protocol,
+	};
+
+	return *(const __u64 *)&frontend;
+}
+
+static __always_inline enum verdict translate4(struct bpf_sock_addr *ctx, __be32 address, struct flow *flow)
+{
+	flow->key[0] = frontend_word(address, ctx);
+	return translate(ctx, &services4, &backends4, seeds4, KEY4, flow);
+}
+
+// answer gives what a hook returns.
+static __always_inline int answer(enum verdict verdict)
+{
+	if (verdict != REFUSE)
+		return 1;
+	bpf_set_retval(-ECONNREFUSED);
+	return 0;
+}
+
+static __always_inline int forward4(struct bpf_sock_addr *ctx)
+{
+	struct flow flow = {};
+	enum verdict verdict = translate4(ctx, ctx->user_ip4, &flow);
+
+	if (verdict == TRANSLATE) {
+		ctx->user_ip4 = flow.choice.backend[0] >> 32;
+		ctx->user_port = (flow.choice.backend[0] >> 16) & 0xffff;
+	}
+	return answer(verdict);
+}
+
+// An address6 is an address of IPv6, or one of IPv4 that is mapped into it.
+union address6 {
+	__u32 parts[4];
+	__u64 words[2];
+};
+
+static __always_inline union address6 address6_of(struct bpf_sock_addr *ctx)
+{
+	union address6 address = {
+		.parts = { ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3] },
+	};
+
+	return address;
+}
+
+static __always_inline int is_mapped(const union address6 *address)
+{
+	return !address->words[0] && address->parts[2] == bpf_htonl(0xffff);
+}
+
+static __always_inline void set_address6(struct bpf_sock_addr *ctx, const union address6 *address)
+{
+	ctx->user_ip6[0] = address->parts[0];
+	ctx->user_ip6[1] = address->parts[1];
+	ctx->user_ip6[2] = address->parts[2];
+	ctx->user_ip6[3] = address->parts[3];
+}
+
+static __always_inline int forward6(struct bpf_sock_addr *ctx)
+{
+	union address6 address = address6_of(ctx);
+	struct flow flow = {};
+	enum verdict verdict;
+
+	// An IPv4 address in an IPv6 socket is a Service of IPv4.
+	if (is_mapped(&address)) {
+		verdict = translate4(ctx, address.parts[3], &flow);
+		if (verdict == TRANSLATE)
+			ctx->user_ip6[3] = flow.choice.backend[0] >> 32;
+	} else {
+		flow.key[0] = frontend_word(0, ctx);
+		flow.key[1] = address.words[0];
+		flow.key[2] = address.words[1];
+		verdict = translate(ctx, &services6, &backends6, seeds6, KEY6, &flow);
+		if (verdict == TRANSLATE) {
+			address.words[0] = flow.choice.backend[1];
+			address.words[1] = flow.choice.backend[2];
+			set_address6(ctx, &address);
+		}
+	}
+	if (verdict == TRANSLATE)
+		ctx->user_port = (flow.choice.backend[0] >> 16) & 0xffff;
+	return answer(verdict);
+}
+
+// is_from tells whether a flow goes to this backend, which has no owner.
+static __always_inline int is_from(const struct flow *flow, const __u64 *peer)
+{
+	const __u64 *backend = flow->choice.backend;
+
+	return flow->key[0] && backend[0] >> 16 == peer[0] >> 16 && backend[1] == peer[1] && backend[2] == peer[2];
+}
+
+// name gives the key of the flow by which a socket has a peer, or returns false.
+static __always_inline int name(struct bpf_sock_addr *ctx, const __u64 *peer, __u64 *key)
+{
+	int found = 0;
+
+	if (ctx->protocol != IPPROTO_UDP) {
+		const struct flow *flow = bpf_sk_storage_get(&streams, ctx->sk, NULL, 0);
+
+		if (!flow || !is_from(flow, peer))
+			return 0;
+		copy(key, flow->key);
+		return 1;
+	}
+	struct flows *flows = bpf_sk_storage_get(&datagrams, ctx->sk, NULL, 0);
+	if (!flows)
+		return 0;
+	bpf_spin_lock(&flows->lock);
+	// If two Services of the socket have this backend, it is most likely the one that was sent to last.
+	__u32 last = flows->last;
+	for (__u32 i = 0; i < FLOWS && !found; i++) {
+		const struct flow *flow = &flows->flows[(last + i) % FLOWS];
+
+		if (is_from(flow, peer)) {
+			copy(key, flow->key);
+			found = 1;
+		}
+	}
+	bpf_spin_unlock(&flows->lock);
+	return found;
+}
+
+// reverse4 and reverse6 put a Service's address where one of its backends stands.
+static __always_inline int name4(struct bpf_sock_addr *ctx, __be32 address, struct frontend *frontend)
+{
+	__u64 peer[KEY6] = { (__u64)address << 32 | (__u64)(__u16)ctx->user_port << 16 }, key[KEY6];
+
+	if (!name(ctx, peer, key))
+		return 0;
+	*frontend = *(const struct frontend *)key;
+	return 1;
+}
+
+static __always_inline int reverse4(struct bpf_sock_addr *ctx)
+{
+	struct frontend frontend;
+
+	if (name4(ctx, ctx->user_ip4, &frontend)) {
+		ctx->user_ip4 = frontend.address;
+		ctx->user_port = frontend.port;
+	}
+	return 1;
+}
+
+static __always_inline int reverse6(struct bpf_sock_addr *ctx)
+{
+	union address6 address = address6_of(ctx);
+
+	if (is_mapped(&address)) {
+		struct frontend frontend;
+
+		if (name4(ctx, address.parts[3], &frontend)) {
+			ctx->user_ip6[3] = frontend.address;
+			ctx->user_port = frontend.port;
+		}
+		return 1;
+	}
+	__u64 peer[KEY6] = { (__u64)(__u16)ctx->user_port << 16, address.words[0], address.words[1] }, key[KEY6];
+
+	if (name(ctx, peer, key)) {
+		address.words[0] = key[1];
+		address.words[1] = key[2];
+		set_address6(ctx, &address);
+		ctx->user_port = ((const struct frontend *)key)->port;
+	}
+	return 1;
+}
+
+SEC("cgroup/connect4")
+int connect4(struct bpf_sock_addr *ctx)
+{
+	return forward4(ctx);
+}
+
+SEC("cgroup/connect6")
+int connect6(struct bpf_sock_addr *ctx)
+{
+	return forward6(ctx);
+}
+
+SEC("cgroup/sendmsg4")
+int sendmsg4(struct bpf_sock_addr *ctx)
+{
+	return forward4(ctx);
+}
+
+SEC("cgroup/sendmsg6")
+int sendmsg6(struct bpf_sock_addr *ctx)
+{
+	return forward6(ctx);
+}
+
+SEC("cgroup/recvmsg4")
+int recvmsg4(struct bpf_sock_addr *ctx)
+{
+	return reverse4(ctx);
+}
+
+SEC("cgroup/recvmsg6")
+int recvmsg6(struct bpf_sock_addr *ctx)
+{
+	return reverse6(ctx);
+}
+
+SEC("cgroup/getpeername4")
+int getpeername4(struct bpf_sock_addr *ctx)
+{
+	return reverse4(ctx);
+}
+
+SEC("cgroup/getpeername6")
+int getpeername6(struct bpf_sock_addr *ctx)
+{
+	return reverse6(ctx);
+}
+
+char __license[] SEC("license") = "Dual BSD/GPL";
