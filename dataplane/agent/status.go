@@ -41,6 +41,7 @@ type status struct {
 	health     *healthcheck.ProxyHealthServer
 	registry   metrics.KubeRegistry
 	syncErrors *metrics.Counter
+	contested  *metrics.GaugeVec
 }
 
 // newStatus registers kube-proxy's metrics under their own names, and the load balancer's.
@@ -54,8 +55,12 @@ func newStatus(balancer *lb.Balancer, nodes corelisters.NodeLister, nodeName str
 			Name: "plimsoll_lb_sync_errors_total",
 			Help: "Changes of frontends that could not be made, each try counted",
 		}),
+		contested: metrics.NewGaugeVec(&metrics.GaugeOpts{
+			Name: "plimsoll_lb_contested_frontends",
+			Help: "Frontends that several Service ports want, of which the first by name has it",
+		}, []string{"ip_family"}),
 	}
-	s.registry.MustRegister(s.syncErrors)
+	s.registry.MustRegister(s.syncErrors, s.contested)
 	gauge := func(name, help string, labels map[string]string, value func(lb.Counts) int) {
 		for family, counts := range map[v1.IPFamily]func() lb.Counts{
 			v1.IPv4Protocol: func() lb.Counts { c, _ := balancer.Counts(); return c },
@@ -107,29 +112,40 @@ func (s *status) queued(family v1.IPFamily) {
 	proxymetrics.SyncProxyRulesLastQueuedTimestamp.WithLabelValues(string(family)).SetToCurrentTime()
 }
 
+// An outcome is what came of a sync.
+type outcome struct {
+	family             v1.IPFamily
+	start              time.Time
+	changes            int
+	noLocal, contested int // ports without a local endpoint that they want, frontends that several ports want
+	triggers           map[types.NamespacedName][]time.Time
+	err                error
+}
+
 // synced says what came of a sync. One that failed leaves health to go bad when it is late.
-func (s *status) synced(family v1.IPFamily, start time.Time, changes, noLocal int, triggers map[types.NamespacedName][]time.Time, err error) {
-	elapsed, label := time.Since(start), string(family)
+func (s *status) synced(o outcome) {
+	elapsed, label := time.Since(o.start), string(o.family)
+	s.contested.WithLabelValues(label).Set(float64(o.contested))
 	proxymetrics.SyncProxyRulesLatency.WithLabelValues(label).Observe(elapsed.Seconds())
 	proxymetrics.SyncPartialProxyRulesLatency.WithLabelValues(label).Observe(elapsed.Seconds())
-	if err != nil {
+	if o.err != nil {
 		failed := 0
-		for range frontendErrors(err) {
+		for range frontendErrors(o.err) {
 			failed++
 		}
 		s.syncErrors.Add(float64(failed))
-		klog.InfoS("Sync failed in part", "ipFamily", family, "changes", changes, "failed", failed, "elapsed", elapsed, "retry", retryPeriod)
+		klog.InfoS("Sync failed in part", "ipFamily", o.family, "changes", o.changes, "failed", failed, "elapsed", elapsed, "retry", retryPeriod)
 		return
 	}
-	for _, times := range triggers {
+	for _, times := range o.triggers {
 		for _, trigger := range times {
 			proxymetrics.NetworkProgrammingLatency.WithLabelValues(label).Observe(time.Since(trigger).Seconds())
 		}
 	}
-	proxymetrics.SyncProxyRulesNoLocalEndpointsTotal.WithLabelValues("internal", label).Set(float64(noLocal))
-	s.health.Updated(family)
+	proxymetrics.SyncProxyRulesNoLocalEndpointsTotal.WithLabelValues("internal", label).Set(float64(o.noLocal))
+	s.health.Updated(o.family)
 	proxymetrics.SyncProxyRulesLastTimestamp.WithLabelValues(label).SetToCurrentTime()
-	klog.V(2).InfoS("Synced", "ipFamily", family, "changes", changes, "elapsed", elapsed)
+	klog.V(2).InfoS("Synced", "ipFamily", o.family, "changes", o.changes, "elapsed", elapsed)
 }
 
 // servers are HTTP servers that run.

@@ -3,9 +3,12 @@
 package agent
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -16,12 +19,13 @@ import (
 	"k8s.io/kubernetes/pkg/proxy"
 	proxyconfig "k8s.io/kubernetes/pkg/proxy/config"
 	"k8s.io/kubernetes/pkg/proxy/runner"
+	utilnode "k8s.io/kubernetes/pkg/util/node"
 
 	"github.com/plimsoll-bench/plimsoll/dataplane/lb"
 )
 
-// A syncer turns what the informers see of an IP family into changes of the load balancer. Between syncs it remembers which ports
-// changed, so that a sync looks at those alone.
+// A syncer turns what the informers see of an IP family into changes of the load balancer. Between syncs it remembers which
+// frontends changed, so that a sync looks at those alone.
 type syncer struct {
 	// Set once.
 	family    v1.IPFamily
@@ -34,21 +38,23 @@ type syncer struct {
 
 	// Guarded by mu.
 	mu             sync.Mutex
-	servicesSynced bool
-	slicesSynced   bool
+	unsynced       int // first lists that have not been seen whole: of Services, of slices, of the node
 	topology       map[string]string
+	nodeAddress    netip.Addr // where NodePorts are served; zero until the node says
 	ports          proxy.ServicePortMap
 	endpointsOf    proxy.EndpointsMap
-	changed        sets.Set[proxy.ServicePortName] // ports to look at in the next sync
-	gone           sets.Set[lb.Frontend]           // frontends that a changed port had before
-	noLocal        sets.Set[proxy.ServicePortName] // ports with a local policy and no local endpoint
-	pruned         bool                            // whether a former agent's frontends were looked through
+	claims         map[lb.Frontend][]proxy.ServicePortName // who wants a frontend, sorted; the first has it
+	contested      sets.Set[lb.Frontend]                   // those that several want
+	changed        sets.Set[lb.Frontend]                   // those to look at in the next sync
+	noLocal        sets.Set[proxy.ServicePortName]         // ports with a local policy and no local endpoint
+	pruned         bool                                    // whether a former agent's frontends were looked through
 }
 
 var (
 	_ proxyconfig.ServiceHandler       = &syncer{}
 	_ proxyconfig.EndpointSliceHandler = &syncer{}
 	_ proxyconfig.NodeTopologyHandler  = &syncer{}
+	_ proxyconfig.NodeHandler          = &syncer{}
 )
 
 func newSyncer(cfg Config, family v1.IPFamily, balancer *lb.Balancer, status *status) *syncer {
@@ -57,10 +63,12 @@ func newSyncer(cfg Config, family v1.IPFamily, balancer *lb.Balancer, status *st
 		nodeName:    cfg.NodeName,
 		balancer:    balancer,
 		status:      status,
+		unsynced:    3,
 		ports:       make(proxy.ServicePortMap),
 		endpointsOf: make(proxy.EndpointsMap),
-		changed:     sets.New[proxy.ServicePortName](),
-		gone:        sets.New[lb.Frontend](),
+		claims:      make(map[lb.Frontend][]proxy.ServicePortName),
+		contested:   sets.New[lb.Frontend](),
+		changed:     sets.New[lb.Frontend](),
 		noLocal:     sets.New[proxy.ServicePortName](),
 	}
 	s.services = proxy.NewServiceChangeTracker(family, nil, s.portsChanged)
@@ -78,7 +86,7 @@ func (s *syncer) loop(stop <-chan struct{}) {
 // request has the next sync run as soon as it may.
 func (s *syncer) request() {
 	s.mu.Lock()
-	ready := s.servicesSynced && s.slicesSynced
+	ready := s.unsynced == 0
 	s.mu.Unlock()
 	if ready {
 		s.status.queued(s.family)
@@ -95,10 +103,15 @@ func (s *syncer) OnServiceUpdate(old, service *v1.Service) {
 	}
 }
 
-// OnServiceSynced is called once, when every Service of the first list has been seen.
-func (s *syncer) OnServiceSynced() {
+// OnServiceSynced, OnEndpointSlicesSynced and OnNodeSynced are called once each, when all of the first list has been seen.
+func (s *syncer) OnServiceSynced()        { s.listed() }
+func (s *syncer) OnEndpointSlicesSynced() { s.listed() }
+func (s *syncer) OnNodeSynced()           { s.listed() }
+
+// listed counts a first list that has been seen whole. What a former agent left is in use until there are all.
+func (s *syncer) listed() {
 	s.mu.Lock()
-	s.servicesSynced = true
+	s.unsynced--
 	s.mu.Unlock()
 	s.request()
 }
@@ -116,43 +129,114 @@ func (s *syncer) sliceChanged(slice *discovery.EndpointSlice, remove bool) {
 	}
 }
 
-// OnEndpointSlicesSynced is called once, when every slice of the first list has been seen.
-func (s *syncer) OnEndpointSlicesSynced() {
+// OnTopologyChange looks at every frontend again: which endpoints are near may have changed for all.
+func (s *syncer) OnTopologyChange(labels map[string]string) {
 	s.mu.Lock()
-	s.slicesSynced = true
+	s.topology = labels
+	for frontend := range s.claims {
+		s.changed.Insert(frontend)
+	}
 	s.mu.Unlock()
 	s.request()
 }
 
-// OnTopologyChange looks at every port again: which endpoints are near may have changed for all.
-func (s *syncer) OnTopologyChange(labels map[string]string) {
+// OnNodeChange moves NodePorts to the node's primary address, where kube-proxy's nftables mode serves them too. A node that has none,
+// or is gone, keeps what it had.
+func (s *syncer) OnNodeChange(node *v1.Node) {
+	addresses, err := utilnode.GetNodeHostIPs(node)
+	if err != nil {
+		return // it has none yet
+	}
+	for _, ip := range addresses {
+		address, _ := netip.AddrFromSlice(ip)
+		if address = address.Unmap(); address.Is4() == (s.family == v1.IPv4Protocol) {
+			s.moveNodePorts(address)
+		}
+	}
+}
+
+func (s *syncer) OnNodeDelete(*v1.Node) {}
+
+func (s *syncer) moveNodePorts(address netip.Addr) {
 	s.mu.Lock()
-	s.topology = labels
-	for name := range s.ports {
-		s.changed.Insert(name)
+	moved := address != s.nodeAddress
+	if moved {
+		for name, port := range s.ports {
+			s.release(name, port)
+		}
+		s.nodeAddress = address
+		for name, port := range s.ports {
+			s.claim(name, port)
+		}
 	}
 	s.mu.Unlock()
-	s.request()
+	if moved {
+		s.request()
+	}
+}
+
+// claim notes that a port wants its frontends, and release that it no longer does.
+func (s *syncer) claim(name proxy.ServicePortName, port proxy.ServicePort) {
+	for _, frontend := range s.frontendsOf(port) {
+		names := s.claims[frontend]
+		i, has := slices.BinarySearchFunc(names, name, compareNames)
+		if !has {
+			s.claims[frontend] = slices.Insert(names, i, name)
+		}
+		s.noteClaims(frontend)
+	}
+}
+
+func (s *syncer) release(name proxy.ServicePortName, port proxy.ServicePort) {
+	for _, frontend := range s.frontendsOf(port) {
+		names := s.claims[frontend]
+		if i, has := slices.BinarySearchFunc(names, name, compareNames); has {
+			s.claims[frontend] = slices.Delete(names, i, i+1)
+		}
+		s.noteClaims(frontend)
+	}
+}
+
+// noteClaims has a frontend looked at whose claims have changed.
+func (s *syncer) noteClaims(frontend lb.Frontend) {
+	s.changed.Insert(frontend)
+	switch names := s.claims[frontend]; {
+	case len(names) == 0:
+		delete(s.claims, frontend)
+		s.contested.Delete(frontend)
+	case len(names) == 1:
+		s.contested.Delete(frontend)
+	case !s.contested.Has(frontend):
+		s.contested.Insert(frontend)
+		klog.InfoS("Several Service ports want one frontend", "frontend", frontend, "servicePort", names[0], "without", names[1:])
+	}
+}
+
+// compareNames orders ports, so that of several the same one has a frontend whatever came first.
+func compareNames(a, b proxy.ServicePortName) int {
+	return cmp.Or(
+		cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Port, b.Port), cmp.Compare(a.Protocol, b.Protocol),
+	)
 }
 
 // portsChanged is told by the tracker what a changed Service was and is, inside of sync.
 func (s *syncer) portsChanged(previous, current proxy.ServicePortMap) {
 	for name, port := range previous {
-		s.changed.Insert(name)
-		if frontend, ok := frontendOf(port); ok {
-			s.gone.Insert(frontend)
-		}
+		s.release(name, port)
+		s.noLocal.Delete(name)
 	}
-	for name := range current {
-		s.changed.Insert(name)
+	for name, port := range current {
+		s.claim(name, port)
 	}
 }
 
-// endpointsChanged is told by the tracker what a changed Service's endpoints were and are, inside of sync.
+// endpointsChanged is told by the tracker what a changed Service's endpoints were and are, inside of sync, when ports are known.
 func (s *syncer) endpointsChanged(previous, current proxy.EndpointsMap) {
-	for _, ports := range []proxy.EndpointsMap{previous, current} {
-		for name := range ports {
-			s.changed.Insert(name)
+	for _, endpoints := range []proxy.EndpointsMap{previous, current} {
+		for name := range endpoints {
+			if port, exists := s.ports[name]; exists {
+				s.changed.Insert(s.frontendsOf(port)...)
+			}
 		}
 	}
 }
@@ -161,7 +245,7 @@ func (s *syncer) endpointsChanged(previous, current proxy.EndpointsMap) {
 func (s *syncer) sync() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.servicesSynced || !s.slicesSynced {
+	if s.unsynced > 0 {
 		return nil
 	}
 	start := time.Now()
@@ -169,49 +253,46 @@ func (s *syncer) sync() error {
 	triggers := s.endpointsOf.Update(s.endpoints).LastChangeTriggerTimes
 	s.prune()
 
-	changes, names := s.changes()
+	changes := s.changes()
 	err := s.balancer.Sync(changes)
-	s.settle(err, names)
-	s.status.synced(s.family, start, len(changes), s.noLocal.Len(), triggers, err)
+	s.settle(err)
+	s.status.synced(outcome{
+		family: s.family, start: start, changes: len(changes), noLocal: s.noLocal.Len(), contested: s.contested.Len(), triggers: triggers, err: err,
+	})
 	return err
 }
 
-// changes lists what the load balancer shall do about changed and gone, and whose each frontend is.
-func (s *syncer) changes() ([]lb.Change, map[lb.Frontend]proxy.ServicePortName) {
-	names := make(map[lb.Frontend]proxy.ServicePortName, s.changed.Len())
+// changes lists what the load balancer shall do about the changed frontends.
+func (s *syncer) changes() []lb.Change {
 	changes := make([]lb.Change, 0, s.changed.Len())
-	for name := range s.changed {
-		port, exists := s.ports[name]
-		if !exists {
-			s.noLocal.Delete(name)
+	for frontend := range s.changed {
+		names := s.claims[frontend]
+		if len(names) == 0 {
+			changes = append(changes, lb.Change{Frontend: frontend, Withdraw: true})
 			continue
 		}
-		if frontend, ok := frontendOf(port); ok {
-			names[frontend] = name
-			changes = append(changes, s.changeOf(frontend, name, port))
-		}
+		changes = append(changes, s.changeOf(frontend, names[0], s.ports[names[0]]))
 	}
-	for frontend := range s.gone {
-		if _, again := names[frontend]; !again {
-			changes = append(changes, lb.Change{Frontend: frontend, Withdraw: true})
-		}
-	}
-	return changes, names
+	return changes
 }
 
 // changeOf says what a port's frontend shall be: spread over the endpoints that kube-proxy would choose, refused if there
 // are none anywhere, and left to the packet path, which drops it, if there are only none here.
+//
+// Whoever connects through this node's sockets is inside the cluster: an address for the world outside leads to the endpoints that its
+// cluster policy names, whatever the external one is.
 func (s *syncer) changeOf(frontend lb.Frontend, name proxy.ServicePortName, port proxy.ServicePort) lb.Change {
-	cluster, local, _, anywhere := proxy.CategorizeEndpoints(s.endpointsOf[name], port, s.nodeName, s.topology)
-	eligible := cluster
-	if port.InternalPolicyLocal() {
-		eligible = local
+	eligible, local, _, anywhere := proxy.CategorizeEndpoints(s.endpointsOf[name], port, s.nodeName, s.topology)
+	if inner, _ := frontendAt(port.ClusterIP(), port.Port(), port.Protocol()); frontend == inner {
+		if port.InternalPolicyLocal() {
+			eligible = local
+		}
+		if len(eligible) == 0 && anywhere {
+			s.noLocal.Insert(name)
+			return lb.Change{Frontend: frontend, Withdraw: true}
+		}
+		s.noLocal.Delete(name)
 	}
-	if len(eligible) == 0 && anywhere {
-		s.noLocal.Insert(name)
-		return lb.Change{Frontend: frontend, Withdraw: true}
-	}
-	s.noLocal.Delete(name)
 
 	backends := make([]netip.AddrPort, 0, len(eligible))
 	for _, endpoint := range eligible {
@@ -226,17 +307,15 @@ func (s *syncer) changeOf(frontend lb.Frontend, name proxy.ServicePortName, port
 }
 
 // settle forgets what was done and keeps what failed for the next sync.
-func (s *syncer) settle(err error, names map[lb.Frontend]proxy.ServicePortName) {
-	s.changed, s.gone = sets.New[proxy.ServicePortName](), sets.New[lb.Frontend]()
+func (s *syncer) settle(err error) {
+	s.changed = sets.New[lb.Frontend]()
 	for failed := range frontendErrors(err) {
-		name, published := names[failed.Frontend]
-		if !published {
-			s.gone.Insert(failed.Frontend)
-			klog.ErrorS(failed.Err, "Frontend not withdrawn", "frontend", failed.Frontend)
+		s.changed.Insert(failed.Frontend)
+		if names := s.claims[failed.Frontend]; len(names) > 0 {
+			klog.ErrorS(failed.Err, "Service port not programmed", "servicePort", names[0], "frontend", failed.Frontend)
 			continue
 		}
-		s.changed.Insert(name)
-		klog.ErrorS(failed.Err, "Service port not programmed", "servicePort", name, "frontend", failed.Frontend)
+		klog.ErrorS(failed.Err, "Frontend not withdrawn", "frontend", failed.Frontend)
 	}
 }
 
@@ -265,25 +344,44 @@ func (s *syncer) prune() {
 	s.pruned = true
 	for frontend := range s.balancer.Frontends() {
 		if frontend.Address.Addr().Is4() == (s.family == v1.IPv4Protocol) {
-			s.gone.Insert(frontend)
+			s.changed.Insert(frontend)
 		}
 	}
 }
 
-// frontendOf is where a port's ClusterIP is served, or false for a protocol that the load balancer does not know.
-func frontendOf(port proxy.ServicePort) (lb.Frontend, bool) {
-	var protocol lb.Protocol
-	switch port.Protocol() {
+// frontendsOf lists where a port is served: at its ClusterIP, its external and load balancers' addresses, and its NodePort on this
+// node's own address. A load balancer's address with source ranges is left to the packet path: at connect(2) the client's address is
+// not known yet.
+func (s *syncer) frontendsOf(port proxy.ServicePort) []lb.Frontend {
+	addresses := append([]net.IP{port.ClusterIP()}, port.ExternalIPs()...)
+	if len(port.LoadBalancerSourceRanges()) == 0 {
+		addresses = append(addresses, port.LoadBalancerVIPs()...)
+	}
+	frontends := make([]lb.Frontend, 0, len(addresses)+1)
+	for _, address := range addresses {
+		if frontend, ok := frontendAt(address, port.Port(), port.Protocol()); ok {
+			frontends = append(frontends, frontend)
+		}
+	}
+	if port.NodePort() != 0 && s.nodeAddress.IsValid() {
+		if frontend, ok := frontendAt(s.nodeAddress.AsSlice(), port.NodePort(), port.Protocol()); ok {
+			frontends = append(frontends, frontend)
+		}
+	}
+	return frontends
+}
+
+// frontendAt returns false for a protocol that the load balancer does not know, and for no address.
+func frontendAt(ip net.IP, port int, protocol v1.Protocol) (lb.Frontend, bool) {
+	var number lb.Protocol
+	switch protocol {
 	case v1.ProtocolTCP:
-		protocol = lb.TCP
+		number = lb.TCP
 	case v1.ProtocolUDP:
-		protocol = lb.UDP
+		number = lb.UDP
 	default:
 		return lb.Frontend{}, false
 	}
-	address, ok := netip.AddrFromSlice(port.ClusterIP())
-	if !ok {
-		return lb.Frontend{}, false
-	}
-	return lb.Frontend{Address: netip.AddrPortFrom(address.Unmap(), uint16(port.Port())), Protocol: protocol}, true
+	address, ok := netip.AddrFromSlice(ip)
+	return lb.Frontend{Address: netip.AddrPortFrom(address.Unmap(), uint16(port)), Protocol: number}, ok
 }
