@@ -37,17 +37,17 @@ type syncer struct {
 	endpoints *proxy.EndpointsChangeTracker
 
 	// Guarded by mu.
-	mu             sync.Mutex
-	unsynced       int // first lists that have not been seen whole: of Services, of slices, of the node
-	topology       map[string]string
-	nodeAddress    netip.Addr // where NodePorts are served; zero until the node says
-	ports          proxy.ServicePortMap
-	endpointsOf    proxy.EndpointsMap
-	claims         map[lb.Frontend][]proxy.ServicePortName // who wants a frontend, sorted; the first has it
-	contested      sets.Set[lb.Frontend]                   // those that several want
-	changed        sets.Set[lb.Frontend]                   // those to look at in the next sync
-	noLocal        sets.Set[proxy.ServicePortName]         // ports with a local policy and no local endpoint
-	pruned         bool                                    // whether a former agent's frontends were looked through
+	mu          sync.Mutex
+	unsynced    int // first lists that have not been seen whole: of Services, of slices, of the node
+	topology    map[string]string
+	nodeAddress netip.Addr // where NodePorts are served; zero until the node says
+	ports       proxy.ServicePortMap
+	endpointsOf proxy.EndpointsMap
+	claims      map[lb.Frontend][]proxy.ServicePortName // who wants a frontend, sorted; the first has it
+	contested   sets.Set[lb.Frontend]                   // those that several want
+	changed     sets.Set[lb.Frontend]                   // those to look at in the next sync
+	noLocal     sets.Set[proxy.ServicePortName]         // ports with a local policy and no local endpoint
+	pruned      bool                                    // whether a former agent's frontends were looked through
 }
 
 var (

@@ -28,17 +28,14 @@ type family struct {
 }
 
 // newFamily shares the memory of the maps with this process: writing a word is then one store that a reader sees whole or
-// not at all, and takes no system call.
-func newFamily(options Options, keyWords, slotWords int, services, backends *ebpf.Map) (*family, error) {
-	memory, err := shareMap(services)
+// not at all, and takes no system call. protection is PROT_READ, or with PROT_WRITE for a family that changes.
+func newFamily(options Options, keyWords, slotWords int, services, backends *ebpf.Map, protection int) (*family, error) {
+	memory, err := shareMap(services, protection)
 	if err != nil {
 		return nil, err
 	}
-	f := &family{options: options, slotWords: slotWords}
-	if f.table, err = newTable(memory, keyWords); err != nil {
-		return nil, errors.Join(err, unix.Munmap(memory))
-	}
-	if f.memory, err = shareMap(backends); err != nil {
+	f := &family{options: options, slotWords: slotWords, table: newTable(memory, keyWords)}
+	if f.memory, err = shareMap(backends, protection); err != nil {
 		return nil, errors.Join(err, f.close())
 	}
 	f.slots = unsafe.Slice((*uint64)(unsafe.Pointer(unsafe.SliceData(f.memory))), options.Backends*slotWords)
@@ -48,10 +45,10 @@ func newFamily(options Options, keyWords, slotWords int, services, backends *ebp
 }
 
 // shareMap gives the memory of an array map, which begins with a page and whose elements follow each other.
-func shareMap(m *ebpf.Map) ([]byte, error) {
+func shareMap(m *ebpf.Map, protection int) ([]byte, error) {
 	page := os.Getpagesize()
 	size := (int(m.MaxEntries())*int(m.ValueSize()) + page - 1) / page * page
-	memory, err := unix.Mmap(m.FD(), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	memory, err := unix.Mmap(m.FD(), 0, size, protection, unix.MAP_SHARED)
 	if err != nil {
 		return nil, fmt.Errorf("share the memory of %v: %w", m, err)
 	}

@@ -158,10 +158,14 @@ func Load(options Options) (_ *Balancer, err error) {
 			err = errors.Join(err, m.Close()) // objects has its own copies
 		}
 	}()
-	if b.ipv4, err = newFamily(b.options, keyWords4, slotWords4, maps[socketMapServices4], maps[socketMapBackends4]); err != nil {
+	const protection = unix.PROT_READ | unix.PROT_WRITE
+	if b.ipv4, err = newFamily(b.options, keyWords4, slotWords4, maps[socketMapServices4], maps[socketMapBackends4], protection); err != nil {
 		return nil, err
 	}
-	if b.ipv6, err = newFamily(b.options, keyWords6, slotWords6, maps[socketMapServices6], maps[socketMapBackends6]); err != nil {
+	if b.ipv6, err = newFamily(b.options, keyWords6, slotWords6, maps[socketMapServices6], maps[socketMapBackends6], protection); err != nil {
+		return nil, err
+	}
+	if err := errors.Join(b.ipv4.table.seed(), b.ipv6.table.seed()); err != nil {
 		return nil, err
 	}
 	for name, value := range map[string]any{

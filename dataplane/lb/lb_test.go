@@ -8,6 +8,7 @@ import (
 	"maps"
 	"net/netip"
 	"os"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -454,6 +455,10 @@ func TestPins(t *testing.T) {
 	if want := []lb.Frontend{tcp(vip), other, many.Frontend, six.Frontend}; !slices.Equal(frontends, want) {
 		t.Errorf("taken over: want %v, got %v", want, frontends)
 	}
+	want := []lb.Change{to(tcp(vip), "127.0.0.1:8080"), to(other, "127.0.0.1:8080", "127.0.0.2:8080"), many, six}
+	if dumped, err := lb.Dump(options.PinDir); err != nil || !reflect.DeepEqual(dumped, want) {
+		t.Errorf("dump: want %v, got %v, %v", want, dumped, err)
+	}
 	mustSync(t, second, to(tcp(vip), "127.0.0.2:8080"))
 	got := stop()
 	wantAnswers(t, got, got.Answers["127.0.0.1:8080"]+got.Answers["127.0.0.2:8080"], slices.Collect(maps.Keys(got.Answers))...)
@@ -470,4 +475,73 @@ func TestPins(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantErrors(t, pod.Connect(t, "tcp", vip, 1), 1, unix.ENETUNREACH)
+}
+
+// A dump shows each frontend as it was at one moment, though it is changed meanwhile.
+func TestDumpOfWhatChanges(t *testing.T) {
+	for _, frontend := range []lb.Frontend{tcp(vip), tcp("[fd00:96::10]:80")} {
+		t.Run(frontend.String(), func(t *testing.T) {
+			options := lb.Options{PinDir: lbtest.MountBPF(t), Services: 64, Grace: time.Millisecond}
+			b, err := lb.Load(options)
+			if errors.Is(err, lb.ErrNotSupported) {
+				t.Skip(err)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			// Backends of one set have its number as their port; small ones of IPv4 stand in the entry, large ones do not.
+			set := func(number, size int) lb.Change {
+				c := lb.Change{Frontend: frontend}
+				for i := range size {
+					address := netip.AddrFrom4([4]byte{10, 0, 0, byte(i + 1)})
+					if frontend.Address.Addr().Is6() {
+						address = netip.AddrFrom16([16]byte{0: 0xfd, 15: byte(i + 1)})
+					}
+					c.Backends = append(c.Backends, netip.AddrPortFrom(address, uint16(number)))
+				}
+				return c
+			}
+			sizes := map[uint16]int{1: 1, 2: 3, 3: 100, 4: 2, 5: 40}
+			stop, done := make(chan struct{}), make(chan error, 1)
+			go func() {
+				for n := 0; ; n++ {
+					select {
+					case <-stop:
+						done <- nil
+						return
+					default:
+					}
+					number := n%len(sizes) + 1
+					if err := b.Sync([]lb.Change{set(number, sizes[uint16(number)])}); err != nil {
+						done <- err
+						return
+					}
+				}
+			}()
+			seen := map[uint16]int{}
+			for range 300 {
+				dumped, err := lb.Dump(options.PinDir)
+				if err != nil {
+					t.Error(err)
+					break
+				}
+				if len(dumped) == 0 {
+					continue // it was not published yet
+				}
+				number := dumped[0].Backends[0].Port()
+				seen[number]++
+				if !reflect.DeepEqual(dumped, []lb.Change{set(int(number), sizes[number])}) {
+					t.Errorf("a dump shows what never was: %v", dumped)
+					break
+				}
+			}
+			close(stop)
+			if err := errors.Join(<-done, b.Close()); err != nil {
+				t.Error(err)
+			}
+			if len(seen) < 2 {
+				t.Errorf("the dumps saw the sets %v only", seen)
+			}
+		})
+	}
 }

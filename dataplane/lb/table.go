@@ -7,7 +7,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"iter"
-	"slices"
 	"sync/atomic"
 	"unsafe"
 
@@ -45,7 +44,7 @@ type table struct {
 	keyWords int
 	memory   []byte
 	buckets  [][bucketEntries]entry
-	seeds    []uint64 // odd, as many as keyWords
+	seeds    []uint64 // odd, as many as keyWords; in memory
 	used     int      // entries that hold a frontend
 }
 
@@ -54,22 +53,26 @@ func tableBuckets(services int) int {
 	return roundUpPowerOfTwo((2*services + bucketEntries - 1) / bucketEntries)
 }
 
-// newTable makes a table of the memory of a map that may be new. The element after the buckets keeps the seeds.
-func newTable(memory []byte, keyWords int) (*table, error) {
+// newTable makes a table of the memory of a map. The element after the buckets keeps the seeds.
+func newTable(memory []byte, keyWords int) *table {
 	n := len(memory)/bucketSize - 1
 	all := unsafe.Slice((*[bucketEntries]entry)(unsafe.Pointer(unsafe.SliceData(memory))), n+1)
-	seeds := all[n][0][:keyWords]
-	for i := range seeds {
-		if seeds[i] != 0 {
+	return &table{keyWords: keyWords, memory: memory, buckets: all[:n], seeds: all[n][0][:keyWords]}
+}
+
+// seed draws the seeds of a table whose map is new.
+func (t *table) seed() error {
+	for i := range t.seeds {
+		if t.seeds[i] != 0 {
 			continue
 		}
 		var random [8]byte
 		if _, err := rand.Read(random[:]); err != nil {
-			return nil, fmt.Errorf("seeds of the services map: %w", err)
+			return fmt.Errorf("seeds of the services map: %w", err)
 		}
-		seeds[i] = binary.NativeEndian.Uint64(random[:]) | 1
+		t.seeds[i] = binary.NativeEndian.Uint64(random[:]) | 1
 	}
-	return &table{keyWords: keyWords, memory: memory, buckets: all[:n], seeds: slices.Clone(seeds)}, nil
+	return nil
 }
 
 // close gives the memory back. Only used may be read afterwards.
@@ -78,7 +81,7 @@ func (t *table) close() error {
 		return nil
 	}
 	err := unix.Munmap(t.memory)
-	t.memory, t.buckets = nil, nil
+	t.memory, t.buckets, t.seeds = nil, nil, nil
 	return err
 }
 

@@ -10,8 +10,8 @@ import (
 // mustTable makes a table in ordinary memory.
 func mustTable(t *testing.T, buckets, keyWords int) *table {
 	t.Helper()
-	table, err := newTable(make([]byte, (buckets+1)*bucketSize), keyWords)
-	if err != nil {
+	table := newTable(make([]byte, (buckets+1)*bucketSize), keyWords)
+	if err := table.seed(); err != nil {
 		t.Fatal(err)
 	}
 	return table

@@ -128,6 +128,22 @@ func (t *table) slotOf(backend netip.AddrPort, owner uint64) (s slot) {
 	return s
 }
 
+// backendOf is what slotOf was given: a slot of IPv4 has one word.
+func backendOf(s []uint64) netip.AddrPort {
+	var port [2]byte
+	binary.NativeEndian.PutUint16(port[:], uint16(s[0]>>16))
+	number := binary.BigEndian.Uint16(port[:])
+	if len(s) == slotWords4 {
+		var four [4]byte
+		binary.NativeEndian.PutUint32(four[:], uint32(s[0]>>32))
+		return netip.AddrPortFrom(netip.AddrFrom4(four), number)
+	}
+	var sixteen [16]byte
+	binary.NativeEndian.PutUint64(sixteen[:8], s[1])
+	binary.NativeEndian.PutUint64(sixteen[8:], s[2])
+	return netip.AddrPortFrom(netip.AddrFrom16(sixteen), number)
+}
+
 // checkAddress returns an error for what cannot be connected to from any host, or has no port.
 func checkAddress(what string, a netip.AddrPort) error {
 	switch address := a.Addr(); {

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/plimsoll-bench/plimsoll/dataplane/lb"
+	"github.com/plimsoll-bench/plimsoll/dataplane/lb/lbtest"
+)
+
+// dumpOf is what plimsoll dump says.
+func dumpOf(t *testing.T, args ...string) (string, error) {
+	t.Helper()
+	var out bytes.Buffer
+	err := run(t.Context(), &out, io.Discard, append([]string{"dump"}, args...))
+	return out.String(), err
+}
+
+func TestDumpPrintsWhatIsCarried(t *testing.T) {
+	needsConnectHook(t)
+	dir := lbtest.MountBPF(t)
+	b, err := lb.Load(lb.Options{PinDir: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ap := netip.MustParseAddrPort
+	err = b.Sync([]lb.Change{
+		{Frontend: lb.Frontend{Address: ap("[fd00:96::10]:53"), Protocol: lb.UDP}, Backends: []netip.AddrPort{ap("[fd00::1]:5353")}},
+		{Frontend: lb.Frontend{Address: ap("10.96.0.10:80"), Protocol: lb.TCP}, Backends: []netip.AddrPort{ap("10.0.0.1:8080"), ap("10.0.0.2:8080")}},
+		{Frontend: lb.Frontend{Address: ap("10.96.0.11:80"), Protocol: lb.TCP}},
+	})
+	if err := errors.Join(err, b.Close()); err != nil {
+		t.Fatal(err)
+	}
+	// No process holds the maps now.
+	text, err := dumpOf(t, "--pin-dir", dir)
+	want := `FRONTEND              BACKENDS
+10.96.0.10:80/tcp     10.0.0.1:8080 10.0.0.2:8080
+10.96.0.11:80/tcp     none: refused
+[fd00:96::10]:53/udp  [fd00::1]:5353
+`
+	if err != nil || text != want {
+		t.Errorf("want\n%s\ngot\n%s, %v", want, text, err)
+	}
+	text, err = dumpOf(t, "--pin-dir", dir, "-o", "json")
+	text = strings.Join(strings.Fields(text), " ")
+	want = `[ { "address": "10.96.0.10:80", "protocol": "tcp", "backends": [ "10.0.0.1:8080", "10.0.0.2:8080" ] }, ` +
+		`{ "address": "10.96.0.11:80", "protocol": "tcp", "backends": [] }, ` +
+		`{ "address": "[fd00:96::10]:53", "protocol": "udp", "backends": [ "[fd00::1]:5353" ] } ]`
+	if err != nil || text != want {
+		t.Errorf("want\n%s\ngot\n%s, %v", want, text, err)
+	}
+}
+
+func TestDumpSaysWhatToDo(t *testing.T) {
+	for _, test := range []struct {
+		args []string
+		want string
+	}{
+		{nil, "--pin-dir DIR"},
+		{[]string{"--pin-dir", t.TempDir()}, "is an agent running with this --pin-dir?"},
+		{[]string{"--pin-dir", "/", "-o", "yaml"}, `--output "yaml": want text or json`},
+		{[]string{"10.96.0.10:80"}, "unknown command"},
+	} {
+		text, err := dumpOf(t, test.args...)
+		if err == nil || !strings.Contains(err.Error(), test.want) || strings.Contains(err.Error(), "\n") || text != "" {
+			t.Errorf("%q: want an error with %q, got %q, %v", test.args, test.want, text, err)
+		}
+	}
+}

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lb
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync/atomic"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// Dump lists what the maps pinned under a PinDir hold now, sorted by frontend: the changes by which an empty Balancer would hold the
+// same. A Balancer may be writing them meanwhile; each frontend is then as it was at one moment.
+func Dump(pinDir string) (_ []Change, err error) {
+	dir := filepath.Join(pinDir, layout)
+	var all []Change
+	for _, v := range []struct {
+		keyWords, slotWords int
+		services, backends  string
+	}{
+		{keyWords4, slotWords4, socketMapServices4, socketMapBackends4},
+		{keyWords6, slotWords6, socketMapServices6, socketMapBackends6},
+	} {
+		changes, err := dump(filepath.Join(dir, v.services), filepath.Join(dir, v.backends), v.keyWords, v.slotWords)
+		if errors.Is(err, os.ErrNotExist) {
+			return nil, fmt.Errorf("no maps in %s: %w", dir, err)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("maps in %s: %w", dir, err)
+		}
+		all = append(all, changes...)
+	}
+	slices.SortFunc(all, func(a, b Change) int {
+		return cmp.Or(a.Frontend.Address.Compare(b.Frontend.Address), cmp.Compare(a.Frontend.Protocol, b.Frontend.Protocol))
+	})
+	return all, nil
+}
+
+// dump lists what two pinned maps hold.
+func dump(services, backends string, keyWords, slotWords int) (all []Change, err error) {
+	// Note: opening them for reading alone was tried. The kernel shares no memory of a map that was opened so.
+	s, err := ebpf.LoadPinnedMap(services, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer s.Close()
+	b, err := ebpf.LoadPinnedMap(backends, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer b.Close()
+	f, err := newFamily(Options{Backends: int(b.MaxEntries())}, keyWords, slotWords, s, b, unix.PROT_READ)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, f.close()) }()
+
+	for k, e := range f.table.all() {
+		backends, ok := f.read(k, e)
+		if !ok {
+			return nil, fmt.Errorf("frontend %v changes without a pause", k.frontend())
+		}
+		// One that was withdrawn meanwhile is none.
+		if f.table.keyOf(e) == k {
+			all = append(all, Change{Frontend: k.frontend(), Backends: backends})
+		}
+	}
+	return all, nil
+}
+
+// readLimit is how often a frontend that is being changed is read. A change is some ten stores.
+const readLimit = 1000
+
+// read gives the backends of a frontend as they were at one moment, though another process may be changing them.
+//
+// Subtle: the word alone does not tell that all are of one set, as it does not have to for the programs, which look at one backend: after
+// two changes it may be the same again. So what was read must be read twice.
+func (f *family) read(k key, e *entry) ([]netip.AddrPort, bool) {
+	var before []uint64
+	for range readLimit {
+		w := word(atomic.LoadUint64(&e[f.table.keyWords]))
+		if f.table.keyOf(e) != k {
+			return nil, true // withdrawn
+		}
+		if w.owner() != f.table.owner(k) {
+			continue
+		}
+		words := []uint64{uint64(w)}
+		set := f.set(e, w)
+		for i := range set {
+			words = append(words, atomic.LoadUint64(&set[i]))
+		}
+		if slices.Equal(words, before) {
+			var backends []netip.AddrPort
+			for s := range slices.Chunk(words[1:], f.slotWords) {
+				backends = append(backends, backendOf(s))
+			}
+			return backends, true
+		}
+		before = words
+	}
+	return nil, false
+}
