@@ -51,14 +51,18 @@ var dumpFormats = map[string]func(io.Writer, []lb.Change) error{"text": dumpText
 
 func dumpText(out io.Writer, frontends []lb.Change) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "FRONTEND\tBACKENDS")
+	fmt.Fprintln(w, "FRONTEND\tAFFINITY\tBACKENDS")
 	for _, f := range frontends {
 		backends := "none: refused"
 		if len(f.Backends) > 0 {
 			backends = fmt.Sprint(f.Backends)
 			backends = backends[1 : len(backends)-1]
 		}
-		fmt.Fprintf(w, "%v\t%s\n", f.Frontend, backends)
+		affinity := "none"
+		if f.Affinity.Timeout > 0 {
+			affinity = f.Affinity.Timeout.String()
+		}
+		fmt.Fprintf(w, "%v\t%s\t%s\n", f.Frontend, affinity, backends)
 	}
 	return w.Flush()
 }
@@ -67,13 +71,14 @@ func dumpText(out io.Writer, frontends []lb.Change) error {
 type dumpedFrontend struct {
 	Address  netip.AddrPort   `json:"address"`
 	Protocol string           `json:"protocol"`
-	Backends []netip.AddrPort `json:"backends"` // empty: connects are refused
+	Affinity float64          `json:"affinity_seconds"` // 0: none
+	Backends []netip.AddrPort `json:"backends"`         // empty: connects are refused
 }
 
 func dumpJSON(out io.Writer, frontends []lb.Change) error {
 	all := make([]dumpedFrontend, len(frontends))
 	for i, f := range frontends {
-		all[i] = dumpedFrontend{f.Frontend.Address, f.Frontend.Protocol.String(), append([]netip.AddrPort{}, f.Backends...)}
+		all[i] = dumpedFrontend{f.Frontend.Address, f.Frontend.Protocol.String(), f.Affinity.Timeout.Seconds(), append([]netip.AddrPort{}, f.Backends...)}
 	}
 	e := json.NewEncoder(out)
 	e.SetIndent("", "  ")

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/plimsoll-bench/plimsoll/dataplane/lb"
 	"github.com/plimsoll-bench/plimsoll/dataplane/lb/lbtest"
@@ -32,7 +33,8 @@ func TestDumpPrintsWhatIsCarried(t *testing.T) {
 	ap := netip.MustParseAddrPort
 	err = b.Sync([]lb.Change{
 		{Frontend: lb.Frontend{Address: ap("[fd00:96::10]:53"), Protocol: lb.UDP}, Backends: []netip.AddrPort{ap("[fd00::1]:5353")}},
-		{Frontend: lb.Frontend{Address: ap("10.96.0.10:80"), Protocol: lb.TCP}, Backends: []netip.AddrPort{ap("10.0.0.1:8080"), ap("10.0.0.2:8080")}},
+		{Frontend: lb.Frontend{Address: ap("10.96.0.10:80"), Protocol: lb.TCP}, Backends: []netip.AddrPort{ap("10.0.0.1:8080"), ap("10.0.0.2:8080")},
+			Affinity: lb.Affinity{ID: 1, Timeout: 3 * time.Hour}},
 		{Frontend: lb.Frontend{Address: ap("10.96.0.11:80"), Protocol: lb.TCP}},
 	})
 	if err := errors.Join(err, b.Close()); err != nil {
@@ -40,19 +42,19 @@ func TestDumpPrintsWhatIsCarried(t *testing.T) {
 	}
 	// No process holds the maps now.
 	text, err := dumpOf(t, "--pin-dir", dir)
-	want := `FRONTEND              BACKENDS
-10.96.0.10:80/tcp     10.0.0.1:8080 10.0.0.2:8080
-10.96.0.11:80/tcp     none: refused
-[fd00:96::10]:53/udp  [fd00::1]:5353
+	want := `FRONTEND              AFFINITY  BACKENDS
+10.96.0.10:80/tcp     3h0m0s    10.0.0.1:8080 10.0.0.2:8080
+10.96.0.11:80/tcp     none      none: refused
+[fd00:96::10]:53/udp  none      [fd00::1]:5353
 `
 	if err != nil || text != want {
 		t.Errorf("want\n%s\ngot\n%s, %v", want, text, err)
 	}
 	text, err = dumpOf(t, "--pin-dir", dir, "-o", "json")
 	text = strings.Join(strings.Fields(text), " ")
-	want = `[ { "address": "10.96.0.10:80", "protocol": "tcp", "backends": [ "10.0.0.1:8080", "10.0.0.2:8080" ] }, ` +
-		`{ "address": "10.96.0.11:80", "protocol": "tcp", "backends": [] }, ` +
-		`{ "address": "[fd00:96::10]:53", "protocol": "udp", "backends": [ "[fd00::1]:5353" ] } ]`
+	want = `[ { "address": "10.96.0.10:80", "protocol": "tcp", "affinity_seconds": 10800, "backends": [ "10.0.0.1:8080", "10.0.0.2:8080" ] }, ` +
+		`{ "address": "10.96.0.11:80", "protocol": "tcp", "affinity_seconds": 0, "backends": [] }, ` +
+		`{ "address": "[fd00:96::10]:53", "protocol": "udp", "affinity_seconds": 0, "backends": [ "[fd00::1]:5353" ] } ]`
 	if err != nil || text != want {
 		t.Errorf("want\n%s\ngot\n%s, %v", want, text, err)
 	}

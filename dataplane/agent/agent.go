@@ -5,8 +5,8 @@
 // Its front half is kube-proxy's own: the same watches, change trackers and choice of endpoints, so that what differs
 // from kube-proxy is the dataplane. It is the only package that knows k8s.io/kubernetes.
 //
-// This version carries what processes on the node connect and send to, over IPv4 and IPv6, TCP and UDP. Services with ClientIP
-// affinity are spread like others. Packets from outside the node, SCTP, and load balancers' addresses with source ranges are left alone.
+// This version carries what processes on the node connect and send to, over IPv4 and IPv6, TCP and UDP. Packets from outside the
+// node, SCTP, and load balancers' addresses with source ranges are left alone.
 package agent
 
 import (

@@ -387,6 +387,37 @@ func TestExternalAddresses(t *testing.T) {
 	r.wants("tcp", http80, two+":8080")
 }
 
+// A client keeps its endpoint at all addresses of a port, while that is eligible.
+func TestSessionAffinity(t *testing.T) {
+	const external = "192.0.2.1"
+	seconds := int32(10800)
+	sticky := service(func(s *v1.Service) {
+		s.Spec.ExternalIPs = []string{external}
+		s.Spec.SessionAffinity = v1.ServiceAffinityClientIP
+		s.Spec.SessionAffinityConfig = &v1.SessionAffinityConfig{ClientIP: &v1.ClientIPConfig{TimeoutSeconds: &seconds}}
+	}, port("http", v1.ProtocolTCP, 80))
+	r := startRig(t, lb.Options{}, sticky, slice("web-1", "http", v1.ProtocolTCP, endpoint(one, thisNode), endpoint(two, otherNode)))
+	chosen := func() string {
+		var got lbtest.Outcome
+		r.eventually(func() bool {
+			got = r.pod.Connect(t, "tcp", http80, 20)
+			return len(got.Answers) == 1 && len(got.Errors) == 0
+		}, func() string { return fmt.Sprintf("want one endpoint to answer, got %+v", got) })
+		return slices.Collect(maps.Keys(got.Answers))[0]
+	}
+	first := chosen()
+	r.wants("tcp", external+":80", first)
+
+	other := map[string]string{one + ":8080": two, two + ":8080": one}[first]
+	r.updateSlice(slice("web-1", "http", v1.ProtocolTCP, endpoint(other, thisNode)))
+	r.wants("tcp", http80, other+":8080")
+	r.updateSlice(slice("web-1", "http", v1.ProtocolTCP, endpoint(one, thisNode), endpoint(two, thisNode)))
+	r.wants("tcp", external+":80", other+":8080")
+	r.wants("tcp", http80, other+":8080")
+	r.updateService(service(nil, port("http", v1.ProtocolTCP, 80)))
+	r.wants("tcp", http80, one+":8080", two+":8080")
+}
+
 // Of Services that want the same address the first by name has it, whatever came first; when it goes, the next has it.
 func TestContestedAddress(t *testing.T) {
 	const external = "192.0.2.1"

@@ -4,6 +4,8 @@ package agent
 
 import (
 	"cmp"
+	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -303,7 +305,20 @@ func (s *syncer) changeOf(frontend lb.Frontend, name proxy.ServicePortName, port
 		}
 		backends = append(backends, netip.AddrPortFrom(address, uint16(endpoint.Port())))
 	}
-	return lb.Change{Frontend: frontend, Backends: backends}
+	return lb.Change{Frontend: frontend, Backends: backends, Affinity: affinityOf(name, port)}
+}
+
+// affinityOf gives the frontends of a port one affinity, which is the same after the agent was started again.
+func affinityOf(name proxy.ServicePortName, port proxy.ServicePort) lb.Affinity {
+	if port.SessionAffinityType() != v1.ServiceAffinityClientIP {
+		return lb.Affinity{}
+	}
+	// Nobody can name a Service so that it has the ID of another.
+	sum := sha256.Sum256([]byte(name.String() + "/" + string(name.Protocol)))
+	return lb.Affinity{
+		ID:      binary.BigEndian.Uint64(sum[:]) >> 16,
+		Timeout: time.Duration(port.StickyMaxAgeSeconds()) * time.Second,
+	}
 }
 
 // settle forgets what was done and keeps what failed for the next sync.

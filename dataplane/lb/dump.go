@@ -6,7 +6,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -63,13 +62,13 @@ func dump(services, backends string, keyWords, slotWords int) (all []Change, err
 	defer func() { err = errors.Join(err, f.close()) }()
 
 	for k, e := range f.table.all() {
-		backends, ok := f.read(k, e)
+		change, ok := f.read(k, e)
 		if !ok {
 			return nil, fmt.Errorf("frontend %v changes without a pause", k.frontend())
 		}
 		// One that was withdrawn meanwhile is none.
 		if f.table.keyOf(e) == k {
-			all = append(all, Change{Frontend: k.frontend(), Backends: backends})
+			all = append(all, change)
 		}
 	}
 	return all, nil
@@ -78,33 +77,34 @@ func dump(services, backends string, keyWords, slotWords int) (all []Change, err
 // readLimit is how often a frontend that is being changed is read. A change is some ten stores.
 const readLimit = 1000
 
-// read gives the backends of a frontend as they were at one moment, though another process may be changing them.
+// read gives what a frontend was at one moment, though another process may be changing them.
 //
 // Subtle: the word alone does not tell that all are of one set, as it does not have to for the programs, which look at one backend: after
 // two changes it may be the same again. So what was read must be read twice.
-func (f *family) read(k key, e *entry) ([]netip.AddrPort, bool) {
+func (f *family) read(k key, e *entry) (Change, bool) {
 	var before []uint64
 	for range readLimit {
 		w := word(atomic.LoadUint64(&e[f.table.keyWords]))
 		if f.table.keyOf(e) != k {
-			return nil, true // withdrawn
+			return Change{}, true // withdrawn
 		}
 		if w.owner() != f.table.owner(k) {
 			continue
 		}
-		words := []uint64{uint64(w)}
+		affinity := f.affinity(e, w)
+		words := []uint64{uint64(w), affinity.ID, uint64(affinity.Timeout)}
 		set := f.set(e, w)
 		for i := range set {
 			words = append(words, atomic.LoadUint64(&set[i]))
 		}
 		if slices.Equal(words, before) {
-			var backends []netip.AddrPort
-			for s := range slices.Chunk(words[1:], f.slotWords) {
-				backends = append(backends, backendOf(s))
+			c := Change{Frontend: k.frontend(), Affinity: affinity}
+			for s := range slices.Chunk(words[3:], f.slotWords) {
+				c.Backends = append(c.Backends, backendOf(s))
 			}
-			return backends, true
+			return c, true
 		}
 		before = words
 	}
-	return nil, false
+	return Change{}, false
 }

@@ -5,7 +5,6 @@ package lb
 import (
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"sync/atomic"
 	"time"
@@ -114,7 +113,7 @@ func (f *family) publish(c Change, now time.Time) error {
 	published := e != nil
 	var old word
 	if published {
-		if old = f.table.word(e); f.holds(e, owner, c.Backends) {
+		if old = f.table.word(e); f.holds(e, owner, c) {
 			return nil
 		}
 	} else if f.table.used < f.options.Services {
@@ -125,7 +124,11 @@ func (f *family) publish(c Change, now time.Time) error {
 	}
 
 	// The new backends are written where no reader looks, and then the word that leads to them, at once.
-	base, err := f.room(old, len(c.Backends))
+	inline := f.maxInline()
+	if c.Affinity.Timeout > 0 {
+		inline = 0
+	}
+	base, err := f.room(old, len(c.Backends), inline)
 	if err != nil {
 		return err
 	}
@@ -139,6 +142,15 @@ func (f *family) publish(c Change, now time.Time) error {
 		for i := base + w.count(); i < base+maxInline; i++ {
 			atomic.StoreUint64(&e[i], 0)
 		}
+	}
+	if c.Affinity.Timeout > 0 && w.count() > 0 {
+		if published && old.inline() {
+			// Subtle: these words may be backends of the old set, which must not vanish while connects are led there.
+			f.table.publish(e, w)
+		}
+		atomic.StoreUint64(&e[affinityID], c.Affinity.ID<<16)
+		atomic.StoreUint64(&e[affinityTimeout], uint64(c.Affinity.Timeout)<<16)
+		w |= affine
 	}
 	f.table.publish(e, w)
 	f.backends += w.count()
@@ -157,12 +169,12 @@ func (f *family) store(where []uint64, s slot) {
 	}
 }
 
-// room gives the base of a place for n backends of a frontend whose word is old, if it has one.
-func (f *family) room(old word, n int) (base int, err error) {
+// room gives the base of a place for n backends of a frontend whose word is old, if it has one, and whose entry has room for so many.
+func (f *family) room(old word, n, inline int) (base int, err error) {
 	switch {
 	case n == 0:
 		return 0, nil
-	case n > f.maxInline():
+	case n > inline:
 		base, ok := f.regions.take(orderFor(n))
 		if !ok {
 			return 0, fmt.Errorf("backends: no room for %d more (of %d, %d are taken, %d of those free after the grace period): %w",
@@ -183,14 +195,14 @@ func (f *family) set(e *entry, w word) []uint64 {
 	return f.slots[w.base()*f.slotWords : (w.base()+w.count())*f.slotWords]
 }
 
-// holds tells whether an entry leads to these backends, in this order.
-func (f *family) holds(e *entry, owner uint64, backends []netip.AddrPort) bool {
+// holds tells whether an entry leads to the backends of a change, in this order, with its affinity.
+func (f *family) holds(e *entry, owner uint64, c Change) bool {
 	w := f.table.word(e)
-	if w.count() != len(backends) {
+	if w.count() != len(c.Backends) || w.count() > 0 && f.affinity(e, w) != c.Affinity {
 		return false
 	}
 	set := f.set(e, w)
-	for i, backend := range backends {
+	for i, backend := range c.Backends {
 		s := f.table.slotOf(backend, owner)
 		for j, held := range set[i*f.slotWords : (i+1)*f.slotWords] {
 			if held != s[j] {
@@ -199,6 +211,14 @@ func (f *family) holds(e *entry, owner uint64, backends []netip.AddrPort) bool {
 		}
 	}
 	return true
+}
+
+// affinity is that of an entry with this word.
+func (f *family) affinity(e *entry, w word) Affinity {
+	if w&affine == 0 {
+		return Affinity{}
+	}
+	return Affinity{ID: e[affinityID] >> 16, Timeout: time.Duration(e[affinityTimeout] >> 16)}
 }
 
 // retire sets the region of a word that is no longer published aside until its readers have left. Backends in an entry

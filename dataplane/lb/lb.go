@@ -33,9 +33,10 @@ var (
 
 // Defaults of Options.
 const (
-	DefaultServices = 1 << 16
-	DefaultBackends = 1 << 18
-	DefaultGrace    = time.Second
+	DefaultServices   = 1 << 16
+	DefaultBackends   = 1 << 18
+	DefaultAffinities = 1 << 16
+	DefaultGrace      = time.Second
 )
 
 // Options are fixed when a Balancer is loaded. The zero value means the defaults.
@@ -48,6 +49,9 @@ type Options struct {
 	// frontend with n backends takes n of them rounded up to a power of two, and twice as many while it changes. 0 means
 	// DefaultBackends.
 	Backends int
+	// Affinities is how many pairs of a client and an affinity are remembered, at some 150 bytes each; after that the one that
+	// was not used for longest is forgotten. 0 means DefaultAffinities.
+	Affinities int
 	// Grace is how long the backends that a frontend had before a change stay untouched for connects that are under
 	// way. 0 means DefaultGrace.
 	Grace time.Duration
@@ -68,6 +72,9 @@ func (o Options) withDefaults() Options {
 	if o.Backends == 0 {
 		o.Backends = DefaultBackends
 	}
+	if o.Affinities == 0 {
+		o.Affinities = DefaultAffinities
+	}
 	if o.Grace == 0 {
 		o.Grace = DefaultGrace
 	}
@@ -81,6 +88,9 @@ func (o Options) validate() error {
 	}
 	if o.Backends < 0 || o.Backends > 1<<26 {
 		return fmt.Errorf("backends capacity %d: want 1 to %d", o.Backends, 1<<26)
+	}
+	if o.Affinities < 0 || o.Affinities > 1<<24 {
+		return fmt.Errorf("affinities capacity %d: want 1 to %d", o.Affinities, 1<<24)
 	}
 	if o.Grace < 0 {
 		return fmt.Errorf("grace period %v is negative", o.Grace)
@@ -193,10 +203,11 @@ func Load(options Options) (_ *Balancer, err error) {
 // openMaps makes the maps, or opens those that are pinned.
 func (b *Balancer) openMaps(spec *ebpf.CollectionSpec) (_ map[string]*ebpf.Map, err error) {
 	entries := map[string]int{
-		socketMapServices4: tableBuckets(b.options.Services) + 1,
-		socketMapServices6: tableBuckets(b.options.Services) + 1,
-		socketMapBackends4: b.options.Backends,
-		socketMapBackends6: b.options.Backends,
+		socketMapServices4:  tableBuckets(b.options.Services) + 1,
+		socketMapServices6:  tableBuckets(b.options.Services) + 1,
+		socketMapBackends4:  b.options.Backends,
+		socketMapBackends6:  b.options.Backends,
+		socketMapAffinities: b.options.Affinities,
 		// What sockets remember has no size of its own.
 		socketMapDatagrams: 0,
 		socketMapStreams:   0,

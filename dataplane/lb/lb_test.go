@@ -267,6 +267,58 @@ func wantPeer(tb testing.TB, got lbtest.Outcome, address string) {
 	}
 }
 
+// A client keeps its backend at all frontends that share an affinity, while the backend is there and the timeout has not passed.
+func TestAffinity(t *testing.T) {
+	onEach(t, func(t *testing.T, pod *lbtest.Pod, g ground) {
+		b := mustLoad(t, pod, lb.Options{})
+		keep := func(frontend lb.Frontend, affinity lb.Affinity, backends ...string) lb.Change {
+			c := to(frontend, backends...)
+			c.Affinity = affinity
+			return c
+		}
+		chosen := func(address string) string {
+			t.Helper()
+			got := pod.Connect(t, g.tcp, address, 20)
+			if len(got.Answers) != 1 || len(got.Errors) > 0 {
+				t.Fatalf("%s: want one backend to answer, got %+v", address, got)
+			}
+			return slices.Collect(maps.Keys(got.Answers))[0]
+		}
+		day := lb.Affinity{ID: 1, Timeout: 24 * time.Hour}
+		others := []string{g.second, g.first, g.last}
+		// Once from backends in the entry, once from none.
+		mustSync(t, b, to(tcp(g.vip), g.first, g.second), to(tcp(g.otherPort), g.first, g.second, g.last))
+		mustSync(t, b, keep(tcp(g.vip), day, g.first, g.second, g.last), keep(tcp(g.neighbour), day, others...))
+		first := chosen(g.vip)
+		if got := chosen(g.neighbour); got != first {
+			t.Errorf("another frontend of the affinity is answered by %s, want %s", got, first)
+		}
+		wantAnswers(t, pod.Connect(t, g.tcp, g.otherPort, 50), 50, others...)
+		mustSync(t, b, keep(tcp(g.vip), day, others...))
+		if got := chosen(g.vip); got != first {
+			t.Errorf("after a change that keeps it, %s answers, want %s", got, first)
+		}
+
+		rest := slices.DeleteFunc(slices.Clone(others), func(s string) bool { return s == first })
+		mustSync(t, b, keep(tcp(g.vip), day, rest...))
+		second := chosen(g.vip)
+		if second == first {
+			t.Errorf("%s answers, which is gone", first)
+		}
+		mustSync(t, b, keep(tcp(g.vip), day, others...))
+		if got := chosen(g.vip); got != second {
+			t.Errorf("after the first is back, %s answers, want %s", got, second)
+		}
+
+		mustSync(t, b, keep(tcp(g.vip), lb.Affinity{ID: 1, Timeout: 1}, others...))
+		wantAnswers(t, pod.Connect(t, g.tcp, g.vip, 50), 50, others...)
+		mustSync(t, b, keep(tcp(g.vip), day))
+		wantErrors(t, pod.Connect(t, g.tcp, g.vip, 2), 2, unix.ECONNREFUSED)
+		mustSync(t, b, to(tcp(g.vip), g.first, g.second, g.last))
+		wantAnswers(t, pod.Connect(t, g.tcp, g.vip, 50), 50, others...)
+	})
+}
+
 // Connects are spread evenly over five backends, by chi-square.
 func TestUniform(t *testing.T) {
 	pod := lbtest.StartPod(t)
@@ -307,7 +359,11 @@ func TestFlip(t *testing.T) {
 			if !neighbour.Withdraw {
 				neighbour = to(neighbour.Frontend, g.last)
 			}
-			mustSync(t, b, to(tcp(g.vip), states[flips%len(states)]...), neighbour)
+			c := to(tcp(g.vip), states[flips%len(states)]...)
+			if flips%3 == 2 {
+				c.Affinity = lb.Affinity{ID: 1, Timeout: time.Hour}
+			}
+			mustSync(t, b, c, neighbour)
 		}
 		got := stop()
 		t.Logf("%d flips: %+v", flips, got)
@@ -492,6 +548,9 @@ func TestDumpOfWhatChanges(t *testing.T) {
 			// Backends of one set have its number as their port; small ones of IPv4 stand in the entry, large ones do not.
 			set := func(number, size int) lb.Change {
 				c := lb.Change{Frontend: frontend}
+				if number > 4 {
+					c.Affinity = lb.Affinity{ID: uint64(number), Timeout: time.Duration(number)}
+				}
 				for i := range size {
 					address := netip.AddrFrom4([4]byte{10, 0, 0, byte(i + 1)})
 					if frontend.Address.Addr().Is6() {
@@ -501,7 +560,7 @@ func TestDumpOfWhatChanges(t *testing.T) {
 				}
 				return c
 			}
-			sizes := map[uint16]int{1: 1, 2: 3, 3: 100, 4: 2, 5: 40}
+			sizes := map[uint16]int{1: 1, 2: 3, 3: 100, 4: 2, 5: 40, 6: 3}
 			stop, done := make(chan struct{}), make(chan error, 1)
 			go func() {
 				for n := 0; ; n++ {

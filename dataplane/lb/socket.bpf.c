@@ -30,8 +30,13 @@ struct frontend {
 
 // An entry is what is known of a frontend, in one cache line: its key, its service word {base:32, count:16, owner:16}, and
 // for IPv4 room for two sets of three backends. The backends are count from base: words of the entry itself if base is
-// below ENTRY_WORDS, else slots of the backends map. The service is one word because an update must be seen whole.
+// below ENTRY_WORDS, else slots of the backends map. The service is one word because an update must be seen whole. The top
+// bit of base says that clients keep their backend: then no backend is in the entry, but the id of the affinity and its
+// timeout in nanoseconds, both above 16 bits of zeros by which they cannot be taken for a backend.
 #define ENTRY_WORDS 8
+#define AFFINITY_ID 6
+#define AFFINITY_TIMEOUT 7
+#define AFFINITY (1ULL << 63)
 
 // A bucket is a page of entries, so that a look-up touches one page. Its entries are probed from the one that the hash
 // names, round and round, to the first that is empty.
@@ -108,6 +113,26 @@ struct {
 	__type(value, struct flow);
 } streams SEC(".maps");
 
+// A client is a network namespace: a pod, which has one address of each IP version, or the node. An affinity is what frontends
+// share that are the same to it, as those of a Service port are.
+struct client {
+	__u64 netns; // its cookie
+	__u64 affinity;
+	__u64 words; // of a key: each IP version has its own
+};
+
+struct kept {
+	__u64 backend[KEY6]; // without an owner
+	__u64 used;          // when a connect had it last, by CLOCK_MONOTONIC in nanoseconds
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, struct client);
+	__type(value, struct kept);
+	__uint(max_entries, 1 << 16);
+} affinities SEC(".maps");
+
 // Set before the programs are loaded, and then constants to the verifier. The seeds are odd.
 const volatile __u64 seeds4[KEY4], seeds6[KEY6];
 const volatile __u32 bucket_mask; // buckets - 1
@@ -167,6 +192,16 @@ static __always_inline const __u64 *find(void *services, const __u64 *key, int w
 	return NULL;
 }
 
+static __always_inline __u32 base_of(__u64 service)
+{
+	return (service & ~AFFINITY) >> 32;
+}
+
+static __always_inline __u32 count_of(__u64 service)
+{
+	return (service >> 16) & 0xffff;
+}
+
 // A verdict says what becomes of a connect.
 enum verdict {
 	PASS,      // there is no such Service: the connect goes on as it was asked for
@@ -193,46 +228,6 @@ static __always_inline int read_backend(void *backends, const volatile __u64 *se
 	backend[2] = READ_ONCE(slot[2]);
 	// Subtle: words of two backends, if the slot is being written.
 	return READ_ONCE(slot[3]) == hash_of(backend, seeds, KEY6);
-}
-
-// Each round is one look at a state that may be changing. Two rounds are rare, four are never seen.
-#define ROUNDS 4
-
-// choose gives a flow's frontend a backend.
-static __always_inline enum verdict choose(void *services, void *backends, const volatile __u64 *seeds, int words,
-					   struct flow *flow)
-{
-	__u64 hash = hash_of(flow->key, seeds, words);
-	__u16 owner = owner_of(hash);
-
-	for (int round = 0; round < ROUNDS; round++) {
-		const __u64 *entry = find(services, flow->key, words, hash);
-		if (!entry)
-			return PASS;
-
-		// Subtle: the entry may by now have been given to another frontend; the owner tells.
-		__u64 service = READ_ONCE(entry[words]);
-		if ((__u16)service != owner)
-			continue;
-
-		__u32 count = (service >> 16) & 0xffff;
-		if (!count)
-			return REFUSE;
-
-		// Multiplying high is uniform to within count / 2^32 and spares the division of random % count.
-		__u32 index = service >> 32;
-		if (count > 1)
-			index += ((__u64)bpf_get_prandom_u32() * count) >> 32;
-		if (!read_backend(backends, seeds, entry, words, index, flow->choice.backend))
-			continue;
-		// Subtle: a place that was given to another frontend since the service was read shows by its owner too, and
-		// one that lost its backend holds zero.
-		if ((__u16)flow->choice.backend[0] != owner)
-			continue;
-		flow->choice.service = service;
-		return TRANSLATE;
-	}
-	return REFUSE;
 }
 
 // A search is for the backend of a flow among those of its frontend.
@@ -266,22 +261,109 @@ static long look6(__u32 step, void *search)
 	return look(&backends6, seeds6, KEY6, step, search);
 }
 
+// has tells whether a flow's backend is one of those that a service word leads to.
+static __always_inline int has(int words, const __u64 *entry, __u64 service, struct flow *flow)
+{
+	struct search search = { .flow = flow, .entry = entry, .base = base_of(service) };
+
+	bpf_loop(count_of(service), words == KEY4 ? look4 : look6, &search, 0);
+	return search.found;
+}
+
+// stay gives a flow the backend that its client had last, unless that is too long ago or gone.
+//
+// Subtle: the kernel may give what it keeps of a client that it forgets to another one at once. A backend that is read then is
+// checked like any other.
+static __always_inline int stay(int words, const __u64 *entry, __u64 service, const struct client *client, struct flow *flow)
+{
+	struct kept *kept = bpf_map_lookup_elem(&affinities, client);
+	__u64 now = bpf_ktime_get_ns();
+
+	if (!kept || now - kept->used > READ_ONCE(entry[AFFINITY_TIMEOUT]) >> 16)
+		return 0;
+	copy(flow->choice.backend, kept->backend);
+	flow->choice.backend[0] |= (__u16)service;
+	if (!has(words, entry, service, flow))
+		return 0;
+	kept->used = now;
+	return 1;
+}
+
+// keep_for notes the backend of a flow for its client.
+static __always_inline void keep_for(const struct client *client, const struct flow *flow)
+{
+	struct kept kept = { .used = bpf_ktime_get_ns() };
+
+	copy(kept.backend, flow->choice.backend);
+	kept.backend[0] &= ~0xffffULL;
+	bpf_map_update_elem(&affinities, client, &kept, BPF_ANY);
+}
+
+// Each round is one look at a state that may be changing. Two rounds are rare, four are never seen.
+#define ROUNDS 4
+
+// choose gives a flow's frontend a backend.
+static __always_inline enum verdict choose(struct bpf_sock_addr *ctx, void *services, void *backends,
+					   const volatile __u64 *seeds, int words, struct flow *flow)
+{
+	__u64 hash = hash_of(flow->key, seeds, words);
+	__u16 owner = owner_of(hash);
+
+	for (int round = 0; round < ROUNDS; round++) {
+		const __u64 *entry = find(services, flow->key, words, hash);
+		if (!entry)
+			return PASS;
+
+		// Subtle: the entry may by now have been given to another frontend; the owner tells.
+		__u64 service = READ_ONCE(entry[words]);
+		if ((__u16)service != owner)
+			continue;
+
+		__u32 count = count_of(service);
+		if (!count)
+			return REFUSE;
+
+		struct client client = { .words = words };
+		if (service & AFFINITY) {
+			client.netns = bpf_get_netns_cookie(ctx);
+			client.affinity = READ_ONCE(entry[AFFINITY_ID]);
+			if (client.affinity & 0xffff)
+				continue; // a backend is there by now
+			if (stay(words, entry, service, &client, flow)) {
+				flow->choice.service = service;
+				return TRANSLATE;
+			}
+		}
+
+		// Multiplying high is uniform to within count / 2^32 and spares the division of random % count.
+		__u32 index = base_of(service);
+		if (count > 1)
+			index += ((__u64)bpf_get_prandom_u32() * count) >> 32;
+		if (!read_backend(backends, seeds, entry, words, index, flow->choice.backend))
+			continue;
+		// Subtle: a place that was given to another frontend since the service was read shows by its owner too, and
+		// one that lost its backend holds zero.
+		if ((__u16)flow->choice.backend[0] != owner)
+			continue;
+		flow->choice.service = service;
+		if (service & AFFINITY)
+			keep_for(&client, flow);
+		return TRANSLATE;
+	}
+	return REFUSE;
+}
+
 // keeps tells whether a flow's backend is one of its frontend's still.
 static __always_inline int keeps(void *services, const volatile __u64 *seeds, int words, struct flow *flow)
 {
-	struct search search = { .flow = flow };
-
-	search.entry = find(services, flow->key, words, hash_of(flow->key, seeds, words));
-	if (!search.entry)
+	const __u64 *entry = find(services, flow->key, words, hash_of(flow->key, seeds, words));
+	if (!entry)
 		return 0;
-	__u64 service = READ_ONCE(search.entry[words]);
+	__u64 service = READ_ONCE(entry[words]);
 	if (service == flow->choice.service)
 		return 1;
-
-	search.base = service >> 32;
-	bpf_loop((service >> 16) & 0xffff, words == KEY4 ? look4 : look6, &search, 0);
 	flow->choice.service = service;
-	return search.found;
+	return has(words, entry, service, flow);
 }
 
 // recall gives a flow the choice that was made for its key before, or returns false.
@@ -336,7 +418,7 @@ static __always_inline enum verdict translate(struct bpf_sock_addr *ctx, void *s
 		}
 	}
 
-	enum verdict verdict = choose(services, backends, seeds, words, flow);
+	enum verdict verdict = choose(ctx, services, backends, seeds, words, flow);
 	if (verdict != TRANSLATE)
 		return verdict;
 

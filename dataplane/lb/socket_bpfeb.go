@@ -16,6 +16,7 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	socketMapAffinities    = "affinities"
 	socketMapBackends4     = "backends4"
 	socketMapBackends6     = "backends6"
 	socketMapDatagrams     = "datagrams"
@@ -92,12 +93,13 @@ type socketProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type socketMapSpecs struct {
-	Backends4 *ebpf.MapSpec `ebpf:"backends4"`
-	Backends6 *ebpf.MapSpec `ebpf:"backends6"`
-	Datagrams *ebpf.MapSpec `ebpf:"datagrams"`
-	Services4 *ebpf.MapSpec `ebpf:"services4"`
-	Services6 *ebpf.MapSpec `ebpf:"services6"`
-	Streams   *ebpf.MapSpec `ebpf:"streams"`
+	Affinities *ebpf.MapSpec `ebpf:"affinities"`
+	Backends4  *ebpf.MapSpec `ebpf:"backends4"`
+	Backends6  *ebpf.MapSpec `ebpf:"backends6"`
+	Datagrams  *ebpf.MapSpec `ebpf:"datagrams"`
+	Services4  *ebpf.MapSpec `ebpf:"services4"`
+	Services6  *ebpf.MapSpec `ebpf:"services6"`
+	Streams    *ebpf.MapSpec `ebpf:"streams"`
 }
 
 // socketVariableSpecs contains global variables before they are loaded into the kernel.
@@ -130,16 +132,18 @@ func (o *socketObjects) Close() error {
 //
 // It can be passed to loadSocketObjects or ebpf.CollectionSpec.LoadAndAssign.
 type socketMaps struct {
-	Backends4 *ebpf.Map `ebpf:"backends4"`
-	Backends6 *ebpf.Map `ebpf:"backends6"`
-	Datagrams *ebpf.Map `ebpf:"datagrams"`
-	Services4 *ebpf.Map `ebpf:"services4"`
-	Services6 *ebpf.Map `ebpf:"services6"`
-	Streams   *ebpf.Map `ebpf:"streams"`
+	Affinities *ebpf.Map `ebpf:"affinities"`
+	Backends4  *ebpf.Map `ebpf:"backends4"`
+	Backends6  *ebpf.Map `ebpf:"backends6"`
+	Datagrams  *ebpf.Map `ebpf:"datagrams"`
+	Services4  *ebpf.Map `ebpf:"services4"`
+	Services6  *ebpf.Map `ebpf:"services6"`
+	Streams    *ebpf.Map `ebpf:"streams"`
 }
 
 func (m *socketMaps) Close() error {
 	return _SocketClose(
+		m.Affinities,
 		m.Backends4,
 		m.Backends6,
 		m.Datagrams,

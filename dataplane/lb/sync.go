@@ -18,7 +18,21 @@ type Change struct {
 	// Backends are what connects go to, each with the same probability; at most 65,535, of the frontend's IP version.
 	// None means that connects are refused with ECONNREFUSED.
 	Backends []netip.AddrPort
+	// Affinity has clients keep their backend; zero lets each connect go to any.
+	Affinity Affinity
 }
+
+// An Affinity has a client go to the backend that it went to last, while that is one of the frontend's and its last connect is no
+// longer ago than Timeout. A client is a network namespace.
+type Affinity struct {
+	// ID is what frontends have in common, of one IP version, that are the same to a client. 48 bits count.
+	ID uint64
+	// Timeout is at most 78 hours; zero is no affinity.
+	Timeout time.Duration
+}
+
+// maxAffinity is what 48 bits can say, of the ID or of nanoseconds.
+const maxAffinity = 1<<48 - 1
 
 // A FrontendError says why a Change was not made. The frontend is as it was before.
 type FrontendError struct {
@@ -98,6 +112,9 @@ func (c Change) check() error {
 	}
 	if len(c.Backends) > maxCount {
 		return fmt.Errorf("%d backends: want at most %d", len(c.Backends), maxCount)
+	}
+	if c.Affinity.ID > maxAffinity || c.Affinity.Timeout < 0 || c.Affinity.Timeout > maxAffinity {
+		return fmt.Errorf("affinity %+v: want an ID of 48 bits and a timeout of at most %v", c.Affinity, time.Duration(maxAffinity))
 	}
 	for _, backend := range c.Backends {
 		if err := checkAddress("backend", backend); err != nil {

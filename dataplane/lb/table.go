@@ -23,6 +23,9 @@ const (
 	otherInline = firstInline + maxInline
 	maxInline   = 3 // backends that it has room for, twice
 
+	affinityID      = 6 // of both IP versions, where it has no backends
+	affinityTimeout = 7
+
 	bucketEntries = 64
 	bucketSize    = bucketEntries * entryWords * 8
 )

@@ -79,8 +79,12 @@ func (k key) frontend() Frontend {
 }
 
 // A word says where a frontend's backends are: {base:32, count:16, owner:16}. They are those from base on, of its entry if
-// base is one there, else of the backends map, whose first slots are not used.
+// base is one there, else of the backends map, whose first slots are not used. The top bit of base says that clients keep their
+// backend.
 type word uint64
+
+// affine is that bit.
+const affine word = 1 << 63
 
 // maxCount is how many backends one frontend can have.
 const maxCount = 1<<16 - 1
@@ -89,7 +93,7 @@ func makeWord(base, count int, owner uint64) word {
 	return word(uint64(base)<<32 | uint64(count)<<16 | owner)
 }
 
-func (w word) base() int     { return int(w >> 32) }
+func (w word) base() int     { return int(w &^ affine >> 32) }
 func (w word) count() int    { return int(w >> 16 & maxCount) }
 func (w word) owner() uint64 { return uint64(w & 0xffff) }
 
