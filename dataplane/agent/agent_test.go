@@ -131,6 +131,19 @@ func (r *rig) wants(network, address string, backends ...string) {
 	})
 }
 
+// wantsHealth waits until a Service's health check answers with a status code and so many local endpoints; code 0 is no answer.
+func (r *rig) wantsHealth(address string, code, endpoints int) {
+	r.Helper()
+	var got int
+	var text string
+	r.eventually(func() bool {
+		got, text = r.get(address, "/")
+		return got == code && (code == 0 || strings.Contains(text, fmt.Sprintf(`"localEndpoints": %d`, endpoints)))
+	}, func() string {
+		return fmt.Sprintf("health check: want %d and %d endpoints, got %d: %s", code, endpoints, got, text)
+	})
+}
+
 // wantsError waits until a connect fails with number.
 func (r *rig) wantsError(network, address string, number unix.Errno) {
 	r.Helper()
@@ -346,8 +359,12 @@ func TestExternalAddresses(t *testing.T) {
 	for _, address := range []string{proxied + ":80", "10.1.1.1:30080", external + ":30080", nodeAddress + ":80"} {
 		r.wantsError("tcp", address, unix.ENETUNREACH)
 	}
+	// The load balancer is to send here what has an endpoint here.
+	health := "127.0.0.1:30999"
+	r.wantsHealth(health, http.StatusOK, 1)
 	// With no endpoint here these are used still, and with none at all it is refused.
 	r.updateSlice(slice("web-1", "http", v1.ProtocolTCP, endpoint(two, otherNode)))
+	r.wantsHealth(health, http.StatusServiceUnavailable, 0)
 	for _, address := range []string{external + ":80", ingress + ":80", nodeAddress + ":30080"} {
 		r.wants("tcp", address, two+":8080")
 	}
@@ -381,6 +398,7 @@ func TestExternalAddresses(t *testing.T) {
 	r.wantsError("tcp", nodeAddress+":30080", unix.ENETUNREACH)
 
 	r.updateService(service(nil, port("http", v1.ProtocolTCP, 80)))
+	r.wantsHealth(health, 0, 0)
 	for _, address := range []string{external + ":80", ingress + ":80", "10.0.0.2:30080"} {
 		r.wantsError("tcp", address, unix.ENETUNREACH)
 	}

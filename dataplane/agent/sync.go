@@ -49,7 +49,8 @@ type syncer struct {
 	contested   sets.Set[lb.Frontend]                   // those that several want
 	changed     sets.Set[lb.Frontend]                   // those to look at in the next sync
 	noLocal     sets.Set[proxy.ServicePortName]         // ports with a local policy and no local endpoint
-	pruned      bool                                    // whether a former agent's frontends were looked through
+	health      *serviceHealth
+	pruned      bool // whether a former agent's frontends were looked through
 }
 
 var (
@@ -71,6 +72,7 @@ func newSyncer(cfg Config, family v1.IPFamily, balancer *lb.Balancer, status *st
 		claims:      make(map[lb.Frontend][]proxy.ServicePortName),
 		contested:   sets.New[lb.Frontend](),
 		changed:     sets.New[lb.Frontend](),
+		health:      newServiceHealth(cfg, family, status),
 		noLocal:     sets.New[proxy.ServicePortName](),
 	}
 	s.services = proxy.NewServiceChangeTracker(family, nil, s.portsChanged)
@@ -83,6 +85,11 @@ func newSyncer(cfg Config, family v1.IPFamily, balancer *lb.Balancer, status *st
 func (s *syncer) loop(stop <-chan struct{}) {
 	s.status.started(s.family)
 	s.runner.Loop(stop)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.health.close(); err != nil {
+		klog.ErrorS(err, "Health checks of Services not ended", "ipFamily", s.family)
+	}
 }
 
 // request has the next sync run as soon as it may.
@@ -223,6 +230,7 @@ func compareNames(a, b proxy.ServicePortName) int {
 
 // portsChanged is told by the tracker what a changed Service was and is, inside of sync.
 func (s *syncer) portsChanged(previous, current proxy.ServicePortMap) {
+	s.health.portsChanged(previous, current)
 	for name, port := range previous {
 		s.release(name, port)
 		s.noLocal.Delete(name)
@@ -238,6 +246,7 @@ func (s *syncer) endpointsChanged(previous, current proxy.EndpointsMap) {
 		for name := range endpoints {
 			if port, exists := s.ports[name]; exists {
 				s.changed.Insert(s.frontendsOf(port)...)
+				s.health.endpointsChanged(name)
 			}
 		}
 	}
@@ -258,6 +267,9 @@ func (s *syncer) sync() error {
 	changes := s.changes()
 	err := s.balancer.Sync(changes)
 	s.settle(err)
+	if err := s.health.sync(s.endpointsOf); err != nil {
+		klog.ErrorS(err, "Health checks of Services not served", "ipFamily", s.family)
+	}
 	s.status.synced(outcome{
 		family: s.family, start: start, changes: len(changes), noLocal: s.noLocal.Len(), contested: s.contested.Len(), triggers: triggers, err: err,
 	})
