@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	v1 "k8s.io/api/core/v1"
@@ -95,8 +96,18 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	node := nodes.Core().V1().Nodes()
 	status := newStatus(balancer, node.Lister(), cfg.NodeName)
 	var syncers []*syncer
-	for _, family := range []v1.IPFamily{v1.IPv4Protocol, v1.IPv6Protocol} {
-		syncers = append(syncers, newSyncer(cfg, family, balancer, status))
+	families := []v1.IPFamily{v1.IPv4Protocol, v1.IPv6Protocol}
+	var unsynced atomic.Int32
+	unsynced.Store(int32(len(families)))
+	for _, family := range families {
+		syncers = append(syncers, newSyncer(cfg, family, balancer, status, func() {
+			if unsynced.Add(-1) > 0 {
+				return
+			}
+			if err := balancer.Supersede(); err != nil {
+				klog.ErrorS(err, "A former agent's programs go on translating", "pinDir", cfg.LB.PinDir)
+			}
+		}))
 	}
 
 	failed := make(chan error, 1)

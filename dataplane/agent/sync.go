@@ -35,6 +35,7 @@ type syncer struct {
 	balancer  *lb.Balancer
 	status    *status
 	runner    *runner.BoundedFrequencyRunner
+	complete  func()
 	services  *proxy.ServiceChangeTracker
 	endpoints *proxy.EndpointsChangeTracker
 
@@ -60,7 +61,8 @@ var (
 	_ proxyconfig.NodeHandler          = &syncer{}
 )
 
-func newSyncer(cfg Config, family v1.IPFamily, balancer *lb.Balancer, status *status) *syncer {
+// newSyncer makes one that calls complete once, when all that it has seen first is carried, as far as that can be.
+func newSyncer(cfg Config, family v1.IPFamily, balancer *lb.Balancer, status *status, complete func()) *syncer {
 	s := &syncer{
 		family:      family,
 		nodeName:    cfg.NodeName,
@@ -73,6 +75,7 @@ func newSyncer(cfg Config, family v1.IPFamily, balancer *lb.Balancer, status *st
 		contested:   sets.New[lb.Frontend](),
 		changed:     sets.New[lb.Frontend](),
 		health:      newServiceHealth(cfg, family, status),
+		complete:    sync.OnceFunc(complete),
 		noLocal:     sets.New[proxy.ServicePortName](),
 	}
 	s.services = proxy.NewServiceChangeTracker(family, nil, s.portsChanged)
@@ -267,6 +270,7 @@ func (s *syncer) sync() error {
 	changes := s.changes()
 	err := s.balancer.Sync(changes)
 	s.settle(err)
+	s.complete()
 	if err := s.health.sync(s.endpointsOf); err != nil {
 		klog.ErrorS(err, "Health checks of Services not served", "ipFamily", s.family)
 	}

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
@@ -531,6 +532,60 @@ func TestPins(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantErrors(t, pod.Connect(t, "tcp", vip, 1), 1, unix.ENETUNREACH)
+}
+
+// What a Balancer of another layout left serves until it is superseded, and then no longer; folders of somebody else stay.
+func TestSupersede(t *testing.T) {
+	pod := lbtest.StartPod(t)
+	pod.Listen(t, "tcp", "127.0.0.1:8080")
+	dir := lbtest.MountBPF(t)
+	load := func() *lb.Balancer {
+		b, err := lb.Load(lb.Options{PinDir: dir})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := b.Attach(pod.Cgroup); err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	folders := func() (names []string) {
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range entries {
+			if e.IsDir() { // the kernel may put files there
+				names = append(names, e.Name())
+			}
+		}
+		return names
+	}
+	former := load()
+	mustSync(t, former, to(tcp(vip), "127.0.0.1:8080"))
+	if err := former.Close(); err != nil {
+		t.Fatal(err)
+	}
+	layout := folders()[0]
+	err := errors.Join(os.Rename(filepath.Join(dir, layout), filepath.Join(dir, "v0")), os.Mkdir(filepath.Join(dir, "versions"), 0o700))
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	b := load()
+	wantAnswers(t, pod.Connect(t, "tcp", vip, 5), 5, "127.0.0.1:8080")
+	if err := b.Supersede(); err != nil {
+		t.Fatal(err)
+	}
+	wantErrors(t, pod.Connect(t, "tcp", vip, 1), 1, unix.ENETUNREACH)
+	if got, want := folders(), []string{layout, "versions"}; !slices.Equal(got, want) {
+		t.Errorf("in the folder there is %v, want %v", got, want)
+	}
+	mustSync(t, b, to(tcp(vip), "127.0.0.1:8080"))
+	wantAnswers(t, pod.Connect(t, "tcp", vip, 5), 5, "127.0.0.1:8080")
+	if err := errors.Join(b.Supersede(), b.Detach(), b.Close()); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // A dump shows each frontend as it was at one moment, though it is changed meanwhile.

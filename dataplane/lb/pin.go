@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
@@ -17,6 +18,31 @@ const layout = "v4"
 
 func (b *Balancer) pinDir() string        { return filepath.Join(b.options.PinDir, layout) }
 func (b *Balancer) linkPin(h hook) string { return filepath.Join(b.pinDir(), h.name) }
+
+// layouts matches the folders of all layouts.
+var layouts = regexp.MustCompile(`^v[0-9]+$`)
+
+// Supersede removes what Balancers of other layouts pinned under the PinDir, whose programs would go on translating by maps that nobody
+// keeps. Until it is called they serve what this one does not know yet. Without a PinDir there is nothing to do.
+func (b *Balancer) Supersede() error {
+	if b.options.PinDir == "" {
+		return nil
+	}
+	entries, err := os.ReadDir(b.options.PinDir)
+	if err != nil {
+		return fmt.Errorf("look for former layouts: %w", err)
+	}
+	var errs []error
+	for _, e := range entries {
+		if e.IsDir() && e.Name() != layout && layouts.MatchString(e.Name()) {
+			errs = append(errs, os.RemoveAll(filepath.Join(b.options.PinDir, e.Name())))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("remove a former layout: %w", err)
+	}
+	return nil
+}
 
 // replacePinned puts a hook's program in the place of the one that a pinned link attached to cgroup. It returns nil if
 // there is none. A pinned link to another cgroup, or to one that is gone, is removed.
