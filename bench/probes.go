@@ -78,10 +78,10 @@ func tryVeth() finding {
 
 // tryBPF says how well this kernel runs programs of the kind that the eBPF load balancer consists of.
 func tryBPF() finding {
-	// bpf_set_retval lets connect(2) fail with an errno of the program's choice. Linux 5.18 or newer.
+	// bpf_set_retval lets connect(2) fail with an errno of the program's choice. Linux 6.1 or newer.
 	if err := features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSetRetval); errors.Is(err, ebpf.ErrNotSupported) {
 		return finding{"bpf", lacks, "no bpf_set_retval in programs at a cgroup's connect: " + err.Error(),
-			"set up a kernel of Linux 5.18 or newer with CONFIG_CGROUP_BPF"}
+			"set up a kernel of Linux 6.1 or newer with CONFIG_CGROUP_BPF"}
 	} else if err != nil {
 		return finding{"bpf", lacks, err.Error(), "run it as root with CAP_BPF, outside a container"}
 	}

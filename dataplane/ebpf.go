@@ -27,7 +27,7 @@ func (ebpf) Doc() string {
 func (ebpf) Floor() string { return direct{}.Name() }
 
 // Supported loads the smallest program of the kind that the load balancer attaches, and asks for the helper by which it
-// refuses (Linux 5.18 or newer).
+// refuses (Linux 6.1 or newer).
 func (ebpf) Supported(context.Context) error {
 	prog, err := ciliumebpf.NewProgram(&ciliumebpf.ProgramSpec{
 		Type: ciliumebpf.CGroupSockAddr, AttachType: ciliumebpf.AttachCGroupInet4Connect, License: "Dual BSD/GPL",
@@ -40,7 +40,7 @@ func (ebpf) Supported(context.Context) error {
 		return err
 	}
 	if err := features.HaveProgramHelper(ciliumebpf.CGroupSockAddr, asm.FnSetRetval); err != nil {
-		return fmt.Errorf("the kernel has no bpf_set_retval (Linux 5.18 or newer): %w", clusters.ErrNotSupported)
+		return fmt.Errorf("the kernel has no bpf_set_retval (Linux 6.1 or newer): %w", clusters.ErrNotSupported)
 	}
 	return nil
 }

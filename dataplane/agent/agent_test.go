@@ -345,7 +345,7 @@ func TestExternalAddresses(t *testing.T) {
 			s.Spec.Type, s.Spec.ExternalTrafficPolicy = v1.ServiceTypeLoadBalancer, v1.ServiceExternalTrafficPolicyLocal
 			s.Spec.HealthCheckNodePort = 30999
 			s.Spec.ExternalIPs = []string{external}
-			s.Status.LoadBalancer.Ingress = []v1.LoadBalancerIngress{{IP: ingress}, {Hostname: hostname}, {IP: proxied, IPMode: &proxy}}
+			s.Status.LoadBalancer.Ingress = []v1.LoadBalancerIngress{{IP: ingress}, {Hostname: hostname}, {IP: proxied, IPMode: &proxy}, {IP: "127.0.0.9"}, {IP: "0.0.0.0"}}
 			if change != nil {
 				change(s)
 			}
@@ -358,6 +358,11 @@ func TestExternalAddresses(t *testing.T) {
 	}
 	for _, address := range []string{proxied + ":80", "10.1.1.1:30080", external + ":30080", nodeAddress + ":80"} {
 		r.wantsError("tcp", address, unix.ENETUNREACH)
+	}
+	// A pod's own loopback is its own.
+	r.wantsError("tcp", "127.0.0.9:80", unix.ECONNREFUSED)
+	if code, text := r.get(r.health, "/healthz"); code != http.StatusOK {
+		t.Errorf("healthz with a load balancer at no host's address: %d %s", code, text)
 	}
 	// The load balancer is to send here what has an endpoint here.
 	health := "127.0.0.1:30999"
@@ -451,10 +456,12 @@ func TestContestedAddress(t *testing.T) {
 	a, ofA := contender("a", "10.96.0.11", one)
 	r := startRig(t, lb.Options{}, b, ofB)
 	r.wants("tcp", external+":80", two+":8080")
+	// That one also wants the other's ClusterIP, and does not get it.
+	a.Spec.ExternalIPs = append(a.Spec.ExternalIPs, "10.96.0.12")
 	r.create(a, ofA)
 	r.wants("tcp", external+":80", one+":8080")
 	r.wants("tcp", "10.96.0.12:80", two+":8080")
-	if _, text := r.get(r.metric, "/metrics"); !strings.Contains(text, `plimsoll_lb_contested_frontends{ip_family="IPv4"} 1`) {
+	if _, text := r.get(r.metric, "/metrics"); !strings.Contains(text, `plimsoll_lb_contested_frontends{ip_family="IPv4"} 2`) {
 		t.Errorf("no contested frontend is counted")
 	}
 	if err := r.client.CoreV1().Services("default").Delete(r.Context(), "a", metav1.DeleteOptions{}); err != nil {

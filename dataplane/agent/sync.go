@@ -46,10 +46,10 @@ type syncer struct {
 	nodeAddress netip.Addr // where NodePorts are served; zero until the node says
 	ports       proxy.ServicePortMap
 	endpointsOf proxy.EndpointsMap
-	claims      map[lb.Frontend][]proxy.ServicePortName // who wants a frontend, sorted; the first has it
-	contested   sets.Set[lb.Frontend]                   // those that several want
-	changed     sets.Set[lb.Frontend]                   // those to look at in the next sync
-	noLocal     sets.Set[proxy.ServicePortName]         // ports with a local policy and no local endpoint
+	claims      map[lb.Frontend][]claimant      // who wants a frontend, sorted; the first has it
+	contested   sets.Set[lb.Frontend]           // those that several want
+	changed     sets.Set[lb.Frontend]           // those to look at in the next sync
+	noLocal     sets.Set[proxy.ServicePortName] // ports with a local policy and no local endpoint
 	health      *serviceHealth
 	pruned      bool // whether a former agent's frontends were looked through
 }
@@ -71,7 +71,7 @@ func newSyncer(cfg Config, family v1.IPFamily, balancer *lb.Balancer, status *st
 		unsynced:    3,
 		ports:       make(proxy.ServicePortMap),
 		endpointsOf: make(proxy.EndpointsMap),
-		claims:      make(map[lb.Frontend][]proxy.ServicePortName),
+		claims:      make(map[lb.Frontend][]claimant),
 		contested:   sets.New[lb.Frontend](),
 		changed:     sets.New[lb.Frontend](),
 		health:      newServiceHealth(cfg, family, status),
@@ -187,13 +187,25 @@ func (s *syncer) moveNodePorts(address netip.Addr) {
 	}
 }
 
+// A claimant is a port that wants a frontend.
+type claimant struct {
+	name  proxy.ServicePortName
+	other bool // the frontend is not at its ClusterIP
+}
+
+func claimantOf(name proxy.ServicePortName, port proxy.ServicePort, frontend lb.Frontend) claimant {
+	own, _ := frontendAt(port.ClusterIP(), port.Port(), port.Protocol())
+	return claimant{name, frontend != own}
+}
+
 // claim notes that a port wants its frontends, and release that it no longer does.
 func (s *syncer) claim(name proxy.ServicePortName, port proxy.ServicePort) {
 	for _, frontend := range s.frontendsOf(port) {
 		names := s.claims[frontend]
-		i, has := slices.BinarySearchFunc(names, name, compareNames)
+		c := claimantOf(name, port, frontend)
+		i, has := slices.BinarySearchFunc(names, c, compareClaimants)
 		if !has {
-			s.claims[frontend] = slices.Insert(names, i, name)
+			s.claims[frontend] = slices.Insert(names, i, c)
 		}
 		s.noteClaims(frontend)
 	}
@@ -202,7 +214,7 @@ func (s *syncer) claim(name proxy.ServicePortName, port proxy.ServicePort) {
 func (s *syncer) release(name proxy.ServicePortName, port proxy.ServicePort) {
 	for _, frontend := range s.frontendsOf(port) {
 		names := s.claims[frontend]
-		if i, has := slices.BinarySearchFunc(names, name, compareNames); has {
+		if i, has := slices.BinarySearchFunc(names, claimantOf(name, port, frontend), compareClaimants); has {
 			s.claims[frontend] = slices.Delete(names, i, i+1)
 		}
 		s.noteClaims(frontend)
@@ -220,15 +232,21 @@ func (s *syncer) noteClaims(frontend lb.Frontend) {
 		s.contested.Delete(frontend)
 	case !s.contested.Has(frontend):
 		s.contested.Insert(frontend)
-		klog.InfoS("Several Service ports want one frontend", "frontend", frontend, "servicePort", names[0], "without", names[1:])
+		klog.InfoS("Several Service ports want one frontend", "frontend", frontend, "servicePort", names[0].name, "claims", len(names))
 	}
 }
 
-// compareNames orders ports, so that of several the same one has a frontend whatever came first.
-func compareNames(a, b proxy.ServicePortName) int {
-	return cmp.Or(
-		cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Port, b.Port), cmp.Compare(a.Protocol, b.Protocol),
-	)
+// compareClaimants orders ports, so that of several the same one has a frontend whatever came first: the one whose ClusterIP it is, which
+// nobody takes from it by an external address, else the first by name.
+func compareClaimants(a, b claimant) int {
+	if a.other != b.other {
+		if b.other {
+			return -1
+		}
+		return 1
+	}
+	x, y := a.name, b.name
+	return cmp.Or(cmp.Compare(x.Namespace, y.Namespace), cmp.Compare(x.Name, y.Name), cmp.Compare(x.Port, y.Port), cmp.Compare(x.Protocol, y.Protocol))
 }
 
 // portsChanged is told by the tracker what a changed Service was and is, inside of sync.
@@ -289,7 +307,7 @@ func (s *syncer) changes() []lb.Change {
 			changes = append(changes, lb.Change{Frontend: frontend, Withdraw: true})
 			continue
 		}
-		changes = append(changes, s.changeOf(frontend, names[0], s.ports[names[0]]))
+		changes = append(changes, s.changeOf(frontend, names[0].name, s.ports[names[0].name]))
 	}
 	return changes
 }
@@ -315,8 +333,8 @@ func (s *syncer) changeOf(frontend lb.Frontend, name proxy.ServicePortName, port
 	backends := make([]netip.AddrPort, 0, len(eligible))
 	for _, endpoint := range eligible {
 		address, err := netip.ParseAddr(endpoint.IP())
-		if err != nil {
-			klog.ErrorS(err, "Endpoint ignored", "servicePort", name, "endpoint", endpoint)
+		if err != nil || !isHost(address) {
+			klog.ErrorS(err, "Endpoint ignored, which is no host's address", "servicePort", name, "endpoint", endpoint)
 			continue
 		}
 		backends = append(backends, netip.AddrPortFrom(address, uint16(endpoint.Port())))
@@ -343,7 +361,7 @@ func (s *syncer) settle(err error) {
 	for failed := range frontendErrors(err) {
 		s.changed.Insert(failed.Frontend)
 		if names := s.claims[failed.Frontend]; len(names) > 0 {
-			klog.ErrorS(failed.Err, "Service port not programmed", "servicePort", names[0], "frontend", failed.Frontend)
+			klog.ErrorS(failed.Err, "Service port not programmed", "servicePort", names[0].name, "frontend", failed.Frontend)
 			continue
 		}
 		klog.ErrorS(failed.Err, "Frontend not withdrawn", "frontend", failed.Frontend)
@@ -402,7 +420,11 @@ func (s *syncer) frontendsOf(port proxy.ServicePort) []lb.Frontend {
 	return frontends
 }
 
-// frontendAt returns false for a protocol that the load balancer does not know, and for no address.
+// isHost returns false for what the API server lets through and nobody can connect to.
+func isHost(address netip.Addr) bool { return !address.IsUnspecified() && !address.IsMulticast() }
+
+// frontendAt returns false for a protocol that the load balancer does not know, for no address, and for one that means something else in
+// each network namespace: a pod's own loopback is no Service's, whatever the status of a load balancer says.
 func frontendAt(ip net.IP, port int, protocol v1.Protocol) (lb.Frontend, bool) {
 	var number lb.Protocol
 	switch protocol {
@@ -414,5 +436,7 @@ func frontendAt(ip net.IP, port int, protocol v1.Protocol) (lb.Frontend, bool) {
 		return lb.Frontend{}, false
 	}
 	address, ok := netip.AddrFromSlice(ip)
-	return lb.Frontend{Address: netip.AddrPortFrom(address.Unmap(), uint16(port)), Protocol: number}, ok
+	address = address.Unmap()
+	ok = ok && isHost(address) && !address.IsLoopback() && !address.IsLinkLocalUnicast()
+	return lb.Frontend{Address: netip.AddrPortFrom(address, uint16(port)), Protocol: number}, ok
 }

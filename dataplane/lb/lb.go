@@ -138,7 +138,7 @@ func (b *Balancer) hooks() []hook {
 // Load creates the maps and loads the programs, attached to nothing yet. With a PinDir that a former Balancer of the same
 // sizes left, it continues with that one's frontends.
 //
-// It needs Linux 5.18 (bpf_set_retval in connect hooks) and CAP_BPF with CAP_NET_ADMIN, as root has.
+// It needs Linux 6.1 (bpf_set_retval in connect hooks) and CAP_BPF with CAP_NET_ADMIN, as root has.
 func Load(options Options) (_ *Balancer, err error) {
 	if err := options.validate(); err != nil {
 		return nil, err
@@ -242,7 +242,7 @@ func (b *Balancer) explainLoad(err error) error {
 	case errors.Is(err, ebpf.ErrNotSupported):
 		return fmt.Errorf("load the socket hooks: %w: %w", ErrNotSupported, err)
 	case errors.Is(features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSetRetval), ebpf.ErrNotSupported):
-		return fmt.Errorf("load the socket hooks: bpf_set_retval (Linux 5.18): %w: %w", ErrNotSupported, err)
+		return fmt.Errorf("load the socket hooks: bpf_set_retval (Linux 6.1): %w: %w", ErrNotSupported, err)
 	case errors.Is(err, unix.EPERM):
 		return fmt.Errorf("load the socket hooks: BPF is not permitted here (want root, or CAP_BPF and CAP_NET_ADMIN): %w", err)
 	}

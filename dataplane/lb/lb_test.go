@@ -210,6 +210,13 @@ func TestUnconnected(t *testing.T) {
 		got = pod.Exchange(t, g.vip, 10)
 		wantAnswers(t, got, 10, g.last)
 		wantPeer(t, got, g.vip)
+		// As in a rolling update with nothing sent meanwhile: what stands in the maps is where it was, with another backend.
+		mustSync(t, b, to(udp(g.vip), g.last, g.first))
+		mustSync(t, b, to(udp(g.vip), g.first))
+		wantAnswers(t, pod.Exchange(t, g.vip, 10), 10, g.first)
+		mustSync(t, b, to(udp(g.vip)))
+		mustSync(t, b, to(udp(g.vip), g.second))
+		wantAnswers(t, pod.Exchange(t, g.vip, 10), 10, g.second)
 		mustSync(t, b, to(udp(g.vip)))
 		wantErrors(t, pod.Exchange(t, g.vip, 2), 2, unix.ECONNREFUSED)
 		mustSync(t, b, lb.Change{Frontend: udp(g.vip), Withdraw: true})

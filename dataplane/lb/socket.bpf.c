@@ -78,6 +78,7 @@ struct {
 // A choice is a backend, and the service word by which it was found.
 struct choice {
 	__u64 service;
+	__u64 index; // where the backend was: in the entry or in the backends map
 	__u64 backend[KEY6]; // of IPv4 only the first
 };
 
@@ -87,7 +88,7 @@ struct flow {
 	struct choice choice;
 };
 
-// Flows are the last ones of a UDP socket. Each goes on to its backend while the Service has that, as it would by conntrack.
+// Flows are the last ones of a UDP socket. Each goes on to its backend while the Service has that.
 // Of a socket that talks to more Services at a time than there is room for, answers to the oldest come from its backend.
 #define FLOWS 8
 
@@ -247,6 +248,7 @@ static __always_inline long look(void *backends, const volatile __u64 *seeds, in
 	if (!read_backend(backends, seeds, search->entry, words, search->base + step, backend) ||
 	    !same(backend, search->flow->choice.backend))
 		return 0;
+	search->flow->choice.index = search->base + step;
 	search->found = 1;
 	return 1;
 }
@@ -277,9 +279,12 @@ static __always_inline int has(int words, const __u64 *entry, __u64 service, str
 static __always_inline int stay(int words, const __u64 *entry, __u64 service, const struct client *client, struct flow *flow)
 {
 	struct kept *kept = bpf_map_lookup_elem(&affinities, client);
-	__u64 now = bpf_ktime_get_ns();
+	if (!kept)
+		return 0;
+	// Subtle: in this order, as another processor may be noting a later time.
+	__u64 used = READ_ONCE(kept->used), now = bpf_ktime_get_ns();
 
-	if (!kept || now - kept->used > READ_ONCE(entry[AFFINITY_TIMEOUT]) >> 16)
+	if (now - used > READ_ONCE(entry[AFFINITY_TIMEOUT]) >> 16)
 		return 0;
 	copy(flow->choice.backend, kept->backend);
 	flow->choice.backend[0] |= (__u16)service;
@@ -346,6 +351,7 @@ static __always_inline enum verdict choose(struct bpf_sock_addr *ctx, void *serv
 		if ((__u16)flow->choice.backend[0] != owner)
 			continue;
 		flow->choice.service = service;
+		flow->choice.index = index;
 		if (service & AFFINITY)
 			keep_for(&client, flow);
 		return TRANSLATE;
@@ -354,14 +360,20 @@ static __always_inline enum verdict choose(struct bpf_sock_addr *ctx, void *serv
 }
 
 // keeps tells whether a flow's backend is one of its frontend's still.
-static __always_inline int keeps(void *services, const volatile __u64 *seeds, int words, struct flow *flow)
+//
+// Subtle: that the service word is the same does not say that the backends are. After two changes it may be the one of before.
+static __always_inline int keeps(void *services, void *backends, const volatile __u64 *seeds, int words, struct flow *flow)
 {
 	const __u64 *entry = find(services, flow->key, words, hash_of(flow->key, seeds, words));
 	if (!entry)
 		return 0;
 	__u64 service = READ_ONCE(entry[words]);
-	if (service == flow->choice.service)
-		return 1;
+	if (service == flow->choice.service) {
+		__u64 backend[KEY6] = {};
+
+		if (read_backend(backends, seeds, entry, words, flow->choice.index, backend) && same(backend, flow->choice.backend))
+			return 1;
+	}
 	flow->choice.service = service;
 	return has(words, entry, service, flow);
 }
@@ -409,10 +421,10 @@ static __always_inline enum verdict translate(struct bpf_sock_addr *ctx, void *s
 	int datagrams_of = ctx->protocol == IPPROTO_UDP;
 
 	if (datagrams_of && (flows = bpf_sk_storage_get(&datagrams, ctx->sk, NULL, 0)) && recall(flows, flow)) {
-		__u64 service = flow->choice.service;
+		__u64 service = flow->choice.service, index = flow->choice.index;
 
-		if (keeps(services, seeds, words, flow)) {
-			if (flow->choice.service != service)
+		if (keeps(services, backends, seeds, words, flow)) {
+			if (flow->choice.service != service || flow->choice.index != index)
 				remember(flows, flow);
 			return TRANSLATE;
 		}
@@ -426,6 +438,9 @@ static __always_inline enum verdict translate(struct bpf_sock_addr *ctx, void *s
 	if (datagrams_of) {
 		if (!flows)
 			flows = bpf_sk_storage_get(&datagrams, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+		// Another thread may have created it in between.
+		if (!flows)
+			flows = bpf_sk_storage_get(&datagrams, ctx->sk, NULL, 0);
 		if (flows)
 			remember(flows, flow);
 	} else if (peer_names) {
@@ -570,7 +585,6 @@ static __always_inline int name(struct bpf_sock_addr *ctx, const __u64 *peer, __
 	return found;
 }
 
-// reverse4 and reverse6 put a Service's address where one of its backends stands.
 static __always_inline int name4(struct bpf_sock_addr *ctx, __be32 address, struct frontend *frontend)
 {
 	__u64 peer[KEY6] = { (__u64)address << 32 | (__u64)(__u16)ctx->user_port << 16 }, key[KEY6];
@@ -581,6 +595,7 @@ static __always_inline int name4(struct bpf_sock_addr *ctx, __be32 address, stru
 	return 1;
 }
 
+// reverse4 and reverse6 put a Service's address where one of its backends stands.
 static __always_inline int reverse4(struct bpf_sock_addr *ctx)
 {
 	struct frontend frontend;
