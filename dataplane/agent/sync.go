@@ -201,11 +201,9 @@ func claimantOf(name proxy.ServicePortName, port proxy.ServicePort, frontend lb.
 // claim notes that a port wants its frontends, and release that it no longer does.
 func (s *syncer) claim(name proxy.ServicePortName, port proxy.ServicePort) {
 	for _, frontend := range s.frontendsOf(port) {
-		names := s.claims[frontend]
-		c := claimantOf(name, port, frontend)
-		i, has := slices.BinarySearchFunc(names, c, compareClaimants)
-		if !has {
-			s.claims[frontend] = slices.Insert(names, i, c)
+		claimants, c := s.claims[frontend], claimantOf(name, port, frontend)
+		if i, has := slices.BinarySearchFunc(claimants, c, compareClaimants); !has {
+			s.claims[frontend] = slices.Insert(claimants, i, c)
 		}
 		s.noteClaims(frontend)
 	}
@@ -213,9 +211,9 @@ func (s *syncer) claim(name proxy.ServicePortName, port proxy.ServicePort) {
 
 func (s *syncer) release(name proxy.ServicePortName, port proxy.ServicePort) {
 	for _, frontend := range s.frontendsOf(port) {
-		names := s.claims[frontend]
-		if i, has := slices.BinarySearchFunc(names, claimantOf(name, port, frontend), compareClaimants); has {
-			s.claims[frontend] = slices.Delete(names, i, i+1)
+		claimants, c := s.claims[frontend], claimantOf(name, port, frontend)
+		if i, has := slices.BinarySearchFunc(claimants, c, compareClaimants); has {
+			s.claims[frontend] = slices.Delete(claimants, i, i+1)
 		}
 		s.noteClaims(frontend)
 	}
@@ -224,15 +222,15 @@ func (s *syncer) release(name proxy.ServicePortName, port proxy.ServicePort) {
 // noteClaims has a frontend looked at whose claims have changed.
 func (s *syncer) noteClaims(frontend lb.Frontend) {
 	s.changed.Insert(frontend)
-	switch names := s.claims[frontend]; {
-	case len(names) == 0:
+	switch claimants := s.claims[frontend]; {
+	case len(claimants) == 0:
 		delete(s.claims, frontend)
 		s.contested.Delete(frontend)
-	case len(names) == 1:
+	case len(claimants) == 1:
 		s.contested.Delete(frontend)
 	case !s.contested.Has(frontend):
 		s.contested.Insert(frontend)
-		klog.InfoS("Several Service ports want one frontend", "frontend", frontend, "servicePort", names[0].name, "claims", len(names))
+		klog.InfoS("Several Service ports want one frontend", "frontend", frontend, "servicePort", claimants[0].name, "claims", len(claimants))
 	}
 }
 
@@ -302,24 +300,25 @@ func (s *syncer) sync() error {
 func (s *syncer) changes() []lb.Change {
 	changes := make([]lb.Change, 0, s.changed.Len())
 	for frontend := range s.changed {
-		names := s.claims[frontend]
-		if len(names) == 0 {
+		claimants := s.claims[frontend]
+		if len(claimants) == 0 {
 			changes = append(changes, lb.Change{Frontend: frontend, Withdraw: true})
 			continue
 		}
-		changes = append(changes, s.changeOf(frontend, names[0].name, s.ports[names[0].name]))
+		changes = append(changes, s.changeOf(frontend, claimants[0]))
 	}
 	return changes
 }
 
-// changeOf says what a port's frontend shall be: spread over the endpoints that kube-proxy would choose, refused if there
+// changeOf says what the frontend of a port that has it shall be: spread over the endpoints that kube-proxy would choose, refused if there
 // are none anywhere, and left to the packet path, which drops it, if there are only none here.
 //
 // Whoever connects through this node's sockets is inside the cluster: an address for the world outside leads to the endpoints that its
 // cluster policy names, whatever the external one is.
-func (s *syncer) changeOf(frontend lb.Frontend, name proxy.ServicePortName, port proxy.ServicePort) lb.Change {
+func (s *syncer) changeOf(frontend lb.Frontend, c claimant) lb.Change {
+	name, port := c.name, s.ports[c.name]
 	eligible, local, _, anywhere := proxy.CategorizeEndpoints(s.endpointsOf[name], port, s.nodeName, s.topology)
-	if inner, _ := frontendAt(port.ClusterIP(), port.Port(), port.Protocol()); frontend == inner {
+	if !c.other {
 		if port.InternalPolicyLocal() {
 			eligible = local
 		}
@@ -333,7 +332,7 @@ func (s *syncer) changeOf(frontend lb.Frontend, name proxy.ServicePortName, port
 	backends := make([]netip.AddrPort, 0, len(eligible))
 	for _, endpoint := range eligible {
 		address, err := netip.ParseAddr(endpoint.IP())
-		if err != nil || !isHost(address) {
+		if err != nil || !lb.IsHost(address) {
 			klog.ErrorS(err, "Endpoint ignored, which is no host's address", "servicePort", name, "endpoint", endpoint)
 			continue
 		}
@@ -360,8 +359,8 @@ func (s *syncer) settle(err error) {
 	s.changed = sets.New[lb.Frontend]()
 	for failed := range frontendErrors(err) {
 		s.changed.Insert(failed.Frontend)
-		if names := s.claims[failed.Frontend]; len(names) > 0 {
-			klog.ErrorS(failed.Err, "Service port not programmed", "servicePort", names[0].name, "frontend", failed.Frontend)
+		if claimants := s.claims[failed.Frontend]; len(claimants) > 0 {
+			klog.ErrorS(failed.Err, "Service port not programmed", "servicePort", claimants[0].name, "frontend", failed.Frontend)
 			continue
 		}
 		klog.ErrorS(failed.Err, "Frontend not withdrawn", "frontend", failed.Frontend)
@@ -420,9 +419,6 @@ func (s *syncer) frontendsOf(port proxy.ServicePort) []lb.Frontend {
 	return frontends
 }
 
-// isHost returns false for what the API server lets through and nobody can connect to.
-func isHost(address netip.Addr) bool { return !address.IsUnspecified() && !address.IsMulticast() }
-
 // frontendAt returns false for a protocol that the load balancer does not know, for no address, and for one that means something else in
 // each network namespace: a pod's own loopback is no Service's, whatever the status of a load balancer says.
 func frontendAt(ip net.IP, port int, protocol v1.Protocol) (lb.Frontend, bool) {
@@ -437,6 +433,6 @@ func frontendAt(ip net.IP, port int, protocol v1.Protocol) (lb.Frontend, bool) {
 	}
 	address, ok := netip.AddrFromSlice(ip)
 	address = address.Unmap()
-	ok = ok && isHost(address) && !address.IsLoopback() && !address.IsLinkLocalUnicast()
+	ok = ok && lb.IsHost(address) && !address.IsLoopback() && !address.IsLinkLocalUnicast()
 	return lb.Frontend{Address: netip.AddrPortFrom(address, uint16(port)), Protocol: number}, ok
 }

@@ -78,7 +78,7 @@ struct {
 // A choice is a backend, and the service word by which it was found.
 struct choice {
 	__u64 service;
-	__u64 index; // where the backend was: in the entry or in the backends map
+	__u64 index;         // where the backend was: in the entry or in the backends map
 	__u64 backend[KEY6]; // of IPv4 only the first
 };
 
@@ -88,8 +88,8 @@ struct flow {
 	struct choice choice;
 };
 
-// Flows are the last ones of a UDP socket. Each goes on to its backend while the Service has that.
-// Of a socket that talks to more Services at a time than there is room for, answers to the oldest come from its backend.
+// Flows are the last that a UDP socket began. Each goes on to its backend while the Service has that. Of a socket that talks to
+// more Services at a time than there is room for, answers to the oldest come from its backend.
 #define FLOWS 8
 
 struct flows {
@@ -418,9 +418,9 @@ static __always_inline enum verdict translate(struct bpf_sock_addr *ctx, void *s
 					      const volatile __u64 *seeds, int words, struct flow *flow)
 {
 	struct flows *flows = NULL;
-	int datagrams_of = ctx->protocol == IPPROTO_UDP;
+	int is_udp = ctx->protocol == IPPROTO_UDP;
 
-	if (datagrams_of && (flows = bpf_sk_storage_get(&datagrams, ctx->sk, NULL, 0)) && recall(flows, flow)) {
+	if (is_udp && (flows = bpf_sk_storage_get(&datagrams, ctx->sk, NULL, 0)) && recall(flows, flow)) {
 		__u64 service = flow->choice.service, index = flow->choice.index;
 
 		if (keeps(services, backends, seeds, words, flow)) {
@@ -435,7 +435,7 @@ static __always_inline enum verdict translate(struct bpf_sock_addr *ctx, void *s
 		return verdict;
 
 	// Without memory for what is to be remembered the packets go their way all the same, and the peer has the backend's name.
-	if (datagrams_of) {
+	if (is_udp) {
 		if (!flows)
 			flows = bpf_sk_storage_get(&datagrams, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 		// Another thread may have created it in between.

@@ -148,10 +148,15 @@ func backendOf(s []uint64) netip.AddrPort {
 	return netip.AddrPortFrom(netip.AddrFrom16(sixteen), number)
 }
 
-// checkAddress returns an error for what cannot be connected to from any host, or has no port.
+// IsHost returns false for an address that cannot be connected to from any host.
+func IsHost(a netip.Addr) bool {
+	return a.IsValid() && !a.IsUnspecified() && !a.IsMulticast() && a.Zone() == ""
+}
+
+// checkAddress returns an error for what is no host's address, or has no port.
 func checkAddress(what string, a netip.AddrPort) error {
-	switch address := a.Addr(); {
-	case !address.IsValid(), address.IsUnspecified(), address.IsMulticast(), address.Zone() != "":
+	switch {
+	case !IsHost(a.Addr()):
 		return fmt.Errorf("%s %v is not the address of a host", what, a)
 	case a.Port() == 0:
 		return fmt.Errorf("%s %v has no port", what, a)
