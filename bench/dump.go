@@ -51,34 +51,54 @@ var dumpFormats = map[string]func(io.Writer, []lb.Change) error{"text": dumpText
 
 func dumpText(out io.Writer, frontends []lb.Change) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "FRONTEND\tAFFINITY\tBACKENDS")
+	fmt.Fprintln(w, "FRONTEND\tAFFINITY\tCLIENTS\tBACKENDS")
 	for _, f := range frontends {
-		backends := "none: refused"
-		if len(f.Backends) > 0 {
-			backends = fmt.Sprint(f.Backends)
-			backends = backends[1 : len(backends)-1]
+		backends, clients := "none: refused", "all"
+		switch {
+		case len(f.Backends) > 0:
+			backends = joined(f.Backends)
+		case f.Drop:
+			backends = "none: dropped"
+		}
+		if f.Masquerade {
+			backends += " (masqueraded)"
+		}
+		if len(f.Ranges) > 0 {
+			clients = joined(f.Ranges)
 		}
 		affinity := "none"
 		if f.Affinity.Timeout > 0 {
 			affinity = f.Affinity.Timeout.String()
 		}
-		fmt.Fprintf(w, "%v\t%s\t%s\n", f.Frontend, affinity, backends)
+		fmt.Fprintf(w, "%v\t%s\t%s\t%s\n", f.Frontend, affinity, clients, backends)
 	}
 	return w.Flush()
 }
 
+func joined[T any](all []T) string {
+	s := fmt.Sprint(all)
+	return s[1 : len(s)-1]
+}
+
 // dumpedFrontend is a frontend as JSON has it.
 type dumpedFrontend struct {
-	Address  netip.AddrPort   `json:"address"`
-	Protocol string           `json:"protocol"`
-	Affinity float64          `json:"affinity_seconds"` // 0: none
-	Backends []netip.AddrPort `json:"backends"`         // empty: connects are refused
+	Address    netip.AddrPort   `json:"address"`
+	Protocol   string           `json:"protocol"`
+	Scope      string           `json:"scope"`            // inside, outside or rest
+	Affinity   float64          `json:"affinity_seconds"` // 0: none
+	Ranges     []netip.Prefix   `json:"source_ranges,omitempty"` // of clients; none: all
+	Masquerade bool             `json:"masquerade,omitempty"`
+	Drop       bool             `json:"drop,omitempty"` // without backends, instead of refusing
+	Backends   []netip.AddrPort `json:"backends"` // empty: connects are refused, or packets dropped
 }
 
 func dumpJSON(out io.Writer, frontends []lb.Change) error {
 	all := make([]dumpedFrontend, len(frontends))
 	for i, f := range frontends {
-		all[i] = dumpedFrontend{f.Frontend.Address, f.Frontend.Protocol.String(), f.Affinity.Timeout.Seconds(), append([]netip.AddrPort{}, f.Backends...)}
+		all[i] = dumpedFrontend{
+			f.Frontend.Address, f.Frontend.Protocol.String(), f.Frontend.Scope.String(), f.Affinity.Timeout.Seconds(),
+			append([]netip.Prefix{}, f.Ranges...), f.Masquerade, f.Drop, append([]netip.AddrPort{}, f.Backends...),
+		}
 	}
 	e := json.NewEncoder(out)
 	e.SetIndent("", "  ")

@@ -36,25 +36,35 @@ func TestDumpPrintsWhatIsCarried(t *testing.T) {
 		{Frontend: lb.Frontend{Address: ap("10.96.0.10:80"), Protocol: lb.TCP}, Backends: []netip.AddrPort{ap("10.0.0.1:8080"), ap("10.0.0.2:8080")},
 			Affinity: lb.Affinity{ID: 1, Timeout: 3 * time.Hour}},
 		{Frontend: lb.Frontend{Address: ap("10.96.0.11:80"), Protocol: lb.TCP}},
+		{Frontend: lb.Frontend{Address: ap("10.96.0.10:0"), Scope: lb.Rest}},
+		{Frontend: lb.Frontend{Address: ap("192.0.2.1:80"), Protocol: lb.TCP, Scope: lb.Outside}, Backends: []netip.AddrPort{ap("10.0.0.1:8080")},
+			Masquerade: true, Ranges: []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24")}},
+		{Frontend: lb.Frontend{Address: ap("192.0.2.2:80"), Protocol: lb.TCP}, Drop: true},
 	})
 	if err := errors.Join(err, b.Close()); err != nil {
 		t.Fatal(err)
 	}
 	// No process holds the maps now.
 	text, err := dumpOf(t, "--pin-dir", dir)
-	want := `FRONTEND              AFFINITY  BACKENDS
-10.96.0.10:80/tcp     3h0m0s    10.0.0.1:8080 10.0.0.2:8080
-10.96.0.11:80/tcp     none      none: refused
-[fd00:96::10]:53/udp  none      [fd00::1]:5353
+	want := `FRONTEND                       AFFINITY  CLIENTS          BACKENDS
+10.96.0.10/other ports         none      all              none: refused
+10.96.0.10:80/tcp              3h0m0s    all              10.0.0.1:8080 10.0.0.2:8080
+10.96.0.11:80/tcp              none      all              none: refused
+192.0.2.1:80/tcp from outside  none      198.51.100.0/24  10.0.0.1:8080 (masqueraded)
+192.0.2.2:80/tcp               none      all              none: dropped
+[fd00:96::10]:53/udp           none      all              [fd00::1]:5353
 `
 	if err != nil || text != want {
 		t.Errorf("want\n%s\ngot\n%s, %v", want, text, err)
 	}
 	text, err = dumpOf(t, "--pin-dir", dir, "-o", "json")
 	text = strings.Join(strings.Fields(text), " ")
-	want = `[ { "address": "10.96.0.10:80", "protocol": "tcp", "affinity_seconds": 10800, "backends": [ "10.0.0.1:8080", "10.0.0.2:8080" ] }, ` +
-		`{ "address": "10.96.0.11:80", "protocol": "tcp", "affinity_seconds": 0, "backends": [] }, ` +
-		`{ "address": "[fd00:96::10]:53", "protocol": "udp", "affinity_seconds": 0, "backends": [ "[fd00::1]:5353" ] } ]`
+	want = `[ { "address": "10.96.0.10:0", "protocol": "any", "scope": "rest", "affinity_seconds": 0, "backends": [] }, ` +
+		`{ "address": "10.96.0.10:80", "protocol": "tcp", "scope": "inside", "affinity_seconds": 10800, "backends": [ "10.0.0.1:8080", "10.0.0.2:8080" ] }, ` +
+		`{ "address": "10.96.0.11:80", "protocol": "tcp", "scope": "inside", "affinity_seconds": 0, "backends": [] }, ` +
+		`{ "address": "192.0.2.1:80", "protocol": "tcp", "scope": "outside", "affinity_seconds": 0, "source_ranges": [ "198.51.100.0/24" ], "masquerade": true, "backends": [ "10.0.0.1:8080" ] }, ` +
+		`{ "address": "192.0.2.2:80", "protocol": "tcp", "scope": "inside", "affinity_seconds": 0, "drop": true, "backends": [] }, ` +
+		`{ "address": "[fd00:96::10]:53", "protocol": "udp", "scope": "inside", "affinity_seconds": 0, "backends": [ "[fd00::1]:5353" ] } ]`
 	if err != nil || text != want {
 		t.Errorf("want\n%s\ngot\n%s, %v", want, text, err)
 	}

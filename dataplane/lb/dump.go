@@ -16,7 +16,8 @@ import (
 )
 
 // Dump lists what the maps pinned under a PinDir hold now, sorted by frontend: the changes by which an empty Balancer would hold the
-// same. A Balancer may be writing them meanwhile; each frontend is then as it was at one moment.
+// same. A Balancer may be writing them meanwhile; each frontend is then as it was at one moment, but for an affinity
+// or ranges that are changing, too, which may be those of before or after.
 func Dump(pinDir string) (_ []Change, err error) {
 	dir := filepath.Join(pinDir, layout)
 	var all []Change
@@ -36,10 +37,31 @@ func Dump(pinDir string) (_ []Change, err error) {
 		}
 		all = append(all, changes...)
 	}
+	if err := dumpRanges(filepath.Join(dir, packetMapRanges), all); err != nil {
+		return nil, fmt.Errorf("maps in %s: %w", dir, err)
+	}
 	slices.SortFunc(all, func(a, b Change) int {
-		return cmp.Or(a.Frontend.Address.Compare(b.Frontend.Address), cmp.Compare(a.Frontend.Protocol, b.Frontend.Protocol))
+		return cmp.Or(a.Frontend.Address.Compare(b.Frontend.Address), cmp.Compare(a.Frontend.Protocol, b.Frontend.Protocol), cmp.Compare(a.Frontend.Scope, b.Frontend.Scope))
 	})
 	return all, nil
+}
+
+// dumpRanges tells the frontends what a pinned map has of them. It may be changing: a range that is on its way is there or not.
+func dumpRanges(path string, all []Change) error {
+	m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	r := newRanges()
+	r.programs = m
+	if err := r.takeOver(); err != nil {
+		return err
+	}
+	for i := range all {
+		all[i].Ranges = r.of[all[i].Frontend]
+	}
+	return nil
 }
 
 // dump lists what two pinned maps hold.
@@ -98,7 +120,7 @@ func (f *family) read(k key, e *entry) (Change, bool) {
 			words = append(words, atomic.LoadUint64(&set[i]))
 		}
 		if slices.Equal(words, before) {
-			c := Change{Frontend: k.frontend(), Affinity: affinity}
+			c := Change{Frontend: k.frontend(), Affinity: affinity, Drop: w&drop != 0, Masquerade: w&masquerade != 0}
 			for s := range slices.Chunk(words[3:], f.slotWords) {
 				c.Backends = append(c.Backends, backendOf(s))
 			}

@@ -95,15 +95,14 @@ func (f *family) maxInline() int {
 	return 0
 }
 
-func (f *family) withdraw(c Change, now time.Time) error {
+func (f *family) withdraw(c Change, now time.Time) {
 	k := keyOf(c.Frontend)
 	e := f.table.find(k)
 	if e == nil {
-		return nil
+		return
 	}
 	f.table.remove(e, k)
 	f.retire(f.table.word(e), now)
-	return nil
 }
 
 func (f *family) publish(c Change, now time.Time) error {
@@ -132,7 +131,7 @@ func (f *family) publish(c Change, now time.Time) error {
 	if err != nil {
 		return err
 	}
-	w := makeWord(base, len(c.Backends), owner)
+	w := makeWord(base, len(c.Backends), owner) | c.flags()
 	set := f.set(e, w)
 	for i, backend := range c.Backends {
 		f.store(set[i*f.slotWords:], f.table.slotOf(backend, owner))
@@ -198,7 +197,7 @@ func (f *family) set(e *entry, w word) []uint64 {
 // holds tells whether an entry leads to the backends of a change, in this order, with its affinity.
 func (f *family) holds(e *entry, owner uint64, c Change) bool {
 	w := f.table.word(e)
-	if w.count() != len(c.Backends) || w.count() > 0 && f.affinity(e, w) != c.Affinity {
+	if w.count() != len(c.Backends) || w&flags&^affine != c.flags() || w.count() > 0 && f.affinity(e, w) != c.Affinity {
 		return false
 	}
 	set := f.set(e, w)

@@ -3,7 +3,8 @@
 // Package lb is a load balancer in the kernel's socket hooks: a connect(2) to a Service address becomes a connect(2) to
 // one of its backends, and a sendto(2) likewise. It knows addresses, not Kubernetes.
 //
-// This version carries TCP and UDP over IPv4 and IPv6, for the processes of a cgroup.
+// It carries TCP and UDP over IPv4 and IPv6: for the processes of a cgroup at their sockets, and for whoever sends packets to a device
+// of the node by conntrack's NAT.
 package lb
 
 import (
@@ -59,6 +60,8 @@ type Options struct {
 	// allocates state for its socket, which costs more than the rest. UDP sockets have it in any case: resolvers drop
 	// answers from any address but the one they asked.
 	PeerNames bool
+	// Packets loads the programs for devices, too. Nil means that only sockets are looked at.
+	Packets *PacketOptions
 	// PinDir is a folder on a bpffs under which maps and links are pinned, in a folder named for their layout, so that
 	// connects go on being translated while no process holds them. Load takes over what it finds there. Deleting the
 	// folder removes all that outlives the process. Empty means that nothing does.
@@ -101,13 +104,17 @@ func (o Options) validate() error {
 // A Balancer is the programs with their maps. Its methods may be called from several goroutines.
 type Balancer struct {
 	// Set once by Load.
-	options Options
-	objects socketObjects
+	options              Options
+	objects              socketObjects
+	packets              packetObjects // empty without PacketOptions
+	insiders, clusterIPs *ebpf.Map
 
 	// Guarded by mu.
 	mu         sync.Mutex
-	links      []link.Link // one for each hook; nil until Attach
+	links      []link.Link       // one for each hook; nil until Attach
+	devices    map[int]link.Link // by index
 	ipv4, ipv6 *family
+	ranges     *ranges
 }
 
 // families lists those that are there: both, once Load has succeeded.
@@ -143,14 +150,18 @@ func Load(options Options) (_ *Balancer, err error) {
 	if err := options.validate(); err != nil {
 		return nil, err
 	}
-	b := &Balancer{options: options.withDefaults()}
+	b := &Balancer{options: options.withDefaults(), devices: make(map[int]link.Link), ranges: newRanges()}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, b.Close())
 		}
 	}()
 
-	spec, err := loadSocket()
+	sockets, err := loadSocket()
+	if err != nil {
+		return nil, fmt.Errorf("read the embedded object: %w", err)
+	}
+	packets, err := loadPacket()
 	if err != nil {
 		return nil, fmt.Errorf("read the embedded object: %w", err)
 	}
@@ -159,7 +170,7 @@ func Load(options Options) (_ *Balancer, err error) {
 			return nil, fmt.Errorf("pin folder: %w", err)
 		}
 	}
-	maps, err := b.openMaps(spec)
+	maps, err := b.openMaps(sockets, packets)
 	if err != nil {
 		return nil, b.explainLoad(err)
 	}
@@ -178,16 +189,21 @@ func Load(options Options) (_ *Balancer, err error) {
 	if err := errors.Join(b.ipv4.table.seed(), b.ipv6.table.seed()); err != nil {
 		return nil, err
 	}
-	for name, value := range map[string]any{
-		"seeds4": b.ipv4.table.seeds, "seeds6": b.ipv6.table.seeds, "bucket_mask": uint32(len(b.ipv4.table.buckets) - 1),
-		"peer_names": b.options.PeerNames,
-	} {
-		if err := spec.Variables[name].Set(value); err != nil {
-			return nil, fmt.Errorf("constant of the programs: %w", err)
+	if err := setConstants(sockets, b.tableConstants(), map[string]any{"peer_names": b.options.PeerNames}); err != nil {
+		return nil, err
+	}
+	if err := sockets.LoadAndAssign(&b.objects, &ebpf.CollectionOptions{MapReplacements: replacements(sockets, maps)}); err != nil {
+		return nil, b.explainLoad(err)
+	}
+	if b.options.Packets != nil {
+		if err := b.loadPackets(packets, maps); err != nil {
+			return nil, err
 		}
 	}
-	if err := spec.LoadAndAssign(&b.objects, &ebpf.CollectionOptions{MapReplacements: maps}); err != nil {
-		return nil, b.explainLoad(err)
+	for name, m := range map[string]**ebpf.Map{packetMapInsiders: &b.insiders, packetMapClusterIps: &b.clusterIPs, packetMapRanges: &b.ranges.programs} {
+		if *m, err = maps[name].Clone(); err != nil {
+			return nil, err
+		}
 	}
 	if b.options.PinDir == "" {
 		return b, nil // the maps are new, and reading them would give each page its memory
@@ -197,11 +213,38 @@ func Load(options Options) (_ *Balancer, err error) {
 			return nil, fmt.Errorf("maps in %s: %w (delete the folder)", b.pinDir(), err)
 		}
 	}
-	return b, nil
+	return b, b.ranges.takeOver()
 }
 
-// openMaps makes the maps, or opens those that are pinned.
-func (b *Balancer) openMaps(spec *ebpf.CollectionSpec) (_ map[string]*ebpf.Map, err error) {
+// tableConstants are the constants by which programs find frontends.
+func (b *Balancer) tableConstants() map[string]any {
+	return map[string]any{"seeds4": b.ipv4.table.seeds, "seeds6": b.ipv6.table.seeds, "bucket_mask": uint32(len(b.ipv4.table.buckets) - 1)}
+}
+
+func setConstants(spec *ebpf.CollectionSpec, constants ...map[string]any) error {
+	for _, all := range constants {
+		for name, value := range all {
+			if err := spec.Variables[name].Set(value); err != nil {
+				return fmt.Errorf("constant of the programs: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+// replacements are those of maps that a spec has.
+func replacements(spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map) map[string]*ebpf.Map {
+	theirs := make(map[string]*ebpf.Map)
+	for name, m := range maps {
+		if spec.Maps[name] != nil {
+			theirs[name] = m
+		}
+	}
+	return theirs
+}
+
+// openMaps makes the maps of the specs, or opens those that are pinned.
+func (b *Balancer) openMaps(specs ...*ebpf.CollectionSpec) (_ map[string]*ebpf.Map, err error) {
 	entries := map[string]int{
 		socketMapServices4:  tableBuckets(b.options.Services) + 1,
 		socketMapServices6:  tableBuckets(b.options.Services) + 1,
@@ -209,8 +252,11 @@ func (b *Balancer) openMaps(spec *ebpf.CollectionSpec) (_ map[string]*ebpf.Map, 
 		socketMapBackends6:  b.options.Backends,
 		socketMapAffinities: b.options.Affinities,
 		// What sockets remember has no size of its own.
-		socketMapDatagrams: 0,
-		socketMapStreams:   0,
+		socketMapDatagrams:  0,
+		socketMapStreams:    0,
+		packetMapInsiders:   maxPrefixes,
+		packetMapClusterIps: maxPrefixes,
+		packetMapRanges:     b.options.Services,
 	}
 	pin := ebpf.MapOptions{}
 	if b.options.PinDir != "" {
@@ -218,11 +264,17 @@ func (b *Balancer) openMaps(spec *ebpf.CollectionSpec) (_ map[string]*ebpf.Map, 
 	}
 	maps := make(map[string]*ebpf.Map)
 	for name, n := range entries {
-		spec.Maps[name].MaxEntries = uint32(n)
-		if b.options.PinDir != "" {
-			spec.Maps[name].Pinning = ebpf.PinByName
+		var spec *ebpf.MapSpec
+		for _, s := range specs {
+			if s.Maps[name] != nil {
+				spec = s.Maps[name]
+				spec.MaxEntries = uint32(n)
+			}
 		}
-		m, err := ebpf.NewMapWithOptions(spec.Maps[name], pin)
+		if b.options.PinDir != "" {
+			spec.Pinning = ebpf.PinByName
+		}
+		m, err := ebpf.NewMapWithOptions(spec, pin)
 		if err != nil {
 			for _, m := range maps {
 				err = errors.Join(err, m.Close())
@@ -343,10 +395,17 @@ func (b *Balancer) Close() error {
 		errs = append(errs, l.Close())
 	}
 	b.links = nil
+	for _, l := range b.devices {
+		errs = append(errs, l.Close())
+	}
+	clear(b.devices)
 	for _, f := range b.families() {
 		errs = append(errs, f.close())
 	}
-	return errors.Join(append(errs, b.objects.Close())...)
+	for _, m := range []*ebpf.Map{b.insiders, b.clusterIPs, b.ranges.programs} {
+		errs = append(errs, m.Close())
+	}
+	return errors.Join(append(errs, b.objects.Close(), b.packets.Close())...)
 }
 
 // Counts tells how full the maps of an IP version are.

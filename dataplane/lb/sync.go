@@ -16,10 +16,31 @@ type Change struct {
 	// Withdraw removes the frontend: connects to it are no longer translated.
 	Withdraw bool
 	// Backends are what connects go to, each with the same probability; at most 65,535, of the frontend's IP version.
-	// None means that connects are refused with ECONNREFUSED.
+	// None means that connects are refused with ECONNREFUSED, and packets by an RST or as ICMP does it.
 	Backends []netip.AddrPort
 	// Affinity has clients keep their backend; zero lets each connect go to any.
 	Affinity Affinity
+	// Drop has packets dropped where there are no backends; connects are then not translated.
+	Drop bool
+	// Masquerade has backends see an address of the node where packets are translated. At the socket no address is known yet.
+	Masquerade bool
+	// Ranges are where clients are admitted from; others have their packets dropped. None admits all. With ranges connects are
+	// not translated, and packets are.
+	Ranges []netip.Prefix
+}
+
+// flags are those that the word of a change has, but for that of affinity.
+func (c Change) flags() (w word) {
+	if c.Drop {
+		w |= drop
+	}
+	if c.Masquerade {
+		w |= masquerade
+	}
+	if len(c.Ranges) > 0 {
+		w |= ranged
+	}
+	return w
 }
 
 // An Affinity has a client go to the backend that it went to last, while that is one of the frontend's and its last connect is no
@@ -75,10 +96,17 @@ func (b *Balancer) change(c Change, now time.Time) error {
 	if err := c.check(); err != nil {
 		return err
 	}
-	if c.Withdraw {
-		return b.familyOf(c.Frontend).withdraw(c, now)
+	// Who is admitted is known before the frontend is, and forgotten after.
+	if err := b.ranges.add(c.Frontend, c.Ranges); err != nil {
+		return err
 	}
-	return b.familyOf(c.Frontend).publish(c, now)
+	f := b.familyOf(c.Frontend)
+	if c.Withdraw {
+		f.withdraw(c, now)
+	} else if err := f.publish(c, now); err != nil {
+		return err
+	}
+	return b.ranges.keep(c.Frontend, c.Ranges)
 }
 
 // Frontends lists what is published, in no order. Sync must not be called meanwhile.
@@ -107,8 +135,16 @@ func (b *Balancer) familyOf(f Frontend) *family {
 }
 
 func (c Change) check() error {
-	if err := checkAddress("frontend", c.Frontend.Address); err != nil {
+	if err := c.Frontend.check(); err != nil {
 		return err
+	}
+	if len(c.Backends) > 0 && c.Frontend.Scope == Rest {
+		return errors.New("what is besides the ports has no backends")
+	}
+	for _, r := range c.Ranges {
+		if !r.IsValid() || r.Addr().Is4() != c.Frontend.Address.Addr().Unmap().Is4() {
+			return fmt.Errorf("range %v is of another IP version, or none", r)
+		}
 	}
 	if len(c.Backends) > maxCount {
 		return fmt.Errorf("%d backends: want at most %d", len(c.Backends), maxCount)

@@ -14,7 +14,7 @@ import (
 )
 
 // An entry is one frontend in a services map: its key, its word, and for IPv4 room for two sets of backends, so that a
-// change writes one while connects read the other. See socket.bpf.c. It is a cache line.
+// change writes one while connects read the other. See services.h. It is a cache line.
 type entry [entryWords]uint64
 
 const (

@@ -11,14 +11,29 @@ import (
 // Protocol is an IP protocol number.
 type Protocol uint8
 
-// The protocols that the hooks see.
+// The protocols that are carried.
 const (
 	TCP Protocol = 6
 	UDP Protocol = 17
 )
 
+// A Scope says to whom a Frontend is what it is.
+type Scope uint8
+
+const (
+	// Inside is for clients inside the cluster, and for those outside where there is no frontend for them.
+	Inside Scope = iota
+	// Outside is for packets of clients outside the cluster.
+	Outside
+	// Rest is what is at an address besides its ports: such a frontend has neither port nor protocol, and no backends. It refuses,
+	// where other addresses of the cluster's Services drop packets.
+	Rest
+)
+
 func (p Protocol) String() string {
 	switch p {
+	case 0:
+		return "any"
 	case TCP:
 		return "tcp"
 	case UDP:
@@ -27,13 +42,44 @@ func (p Protocol) String() string {
 	return fmt.Sprintf("protocol %d", uint8(p))
 }
 
+func (s Scope) String() string {
+	switch s {
+	case Inside:
+		return "inside"
+	case Outside:
+		return "outside"
+	case Rest:
+		return "rest"
+	}
+	return fmt.Sprintf("scope %d", uint8(s))
+}
+
 // A Frontend is what clients connect to.
 type Frontend struct {
 	Address  netip.AddrPort // IPv4, also mapped into IPv6, or IPv6 without a zone
 	Protocol Protocol
+	Scope    Scope
 }
 
-func (f Frontend) String() string { return fmt.Sprintf("%v/%v", f.Address, f.Protocol) }
+func (f Frontend) String() string {
+	switch f.Scope {
+	case Outside:
+		return fmt.Sprintf("%v/%v from outside", f.Address, f.Protocol)
+	case Rest:
+		return fmt.Sprintf("%v/other ports", f.Address.Addr())
+	}
+	return fmt.Sprintf("%v/%v", f.Address, f.Protocol)
+}
+
+func (f Frontend) check() error {
+	if f.Scope != Rest {
+		return checkAddress("frontend", f.Address)
+	}
+	if !IsHost(f.Address.Addr()) || f.Address.Port() != 0 || f.Protocol != 0 {
+		return fmt.Errorf("frontend %v: want the address of a host, and neither port nor protocol", f)
+	}
+	return nil
+}
 
 // Words of a key: all are one, or for IPv6 three.
 const (
@@ -42,7 +88,7 @@ const (
 )
 
 // A key is a Frontend as its entry has it: {address:32, port:16, protocol:8, scope:8} in network byte order, for IPv6 with
-// no address there, but in the two words after. See struct frontend in socket.bpf.c. The unused words of IPv4 are zero.
+// no address there, but in the two words after. See struct frontend in services.h. The unused words of IPv4 are zero.
 type key [keyWords6]uint64
 
 // keyOf expects a Frontend that check passed.
@@ -57,7 +103,7 @@ func keyOf(f Frontend) (k key) {
 		k[1], k[2] = binary.NativeEndian.Uint64(sixteen[:8]), binary.NativeEndian.Uint64(sixteen[8:])
 	}
 	binary.BigEndian.PutUint16(first[4:], f.Address.Port())
-	first[6] = byte(f.Protocol)
+	first[6], first[7] = byte(f.Protocol), byte(f.Scope)
 	k[0] = binary.NativeEndian.Uint64(first[:])
 	return k
 }
@@ -75,16 +121,22 @@ func (k key) frontend() Frontend {
 	return Frontend{
 		Address:  netip.AddrPortFrom(address, binary.BigEndian.Uint16(first[4:])),
 		Protocol: Protocol(first[6]),
+		Scope:    Scope(first[7]),
 	}
 }
 
 // A word says where a frontend's backends are: {base:32, count:16, owner:16}. They are those from base on, of its entry if
-// base is one there, else of the backends map, whose first slots are not used. The top bit of base says that clients keep their
-// backend.
+// base is one there, else of the backends map, whose first slots are not used. The top bits of base are flags.
 type word uint64
 
-// affine is that bit.
-const affine word = 1 << 63
+// The flags. See services.h.
+const (
+	affine     word = 1 << 63 // clients keep their backend
+	drop       word = 1 << 62 // without backends packets are dropped, not refused
+	ranged     word = 1 << 61 // only clients of some addresses are admitted
+	masquerade word = 1 << 60 // the backend shall see an address of the node
+	flags      word = 0x1f << 59
+)
 
 // maxCount is how many backends one frontend can have.
 const maxCount = 1<<16 - 1
@@ -93,7 +145,7 @@ func makeWord(base, count int, owner uint64) word {
 	return word(uint64(base)<<32 | uint64(count)<<16 | owner)
 }
 
-func (w word) base() int     { return int(w &^ affine >> 32) }
+func (w word) base() int     { return int(w &^ flags >> 32) }
 func (w word) count() int    { return int(w >> 16 & maxCount) }
 func (w word) owner() uint64 { return uint64(w & 0xffff) }
 

@@ -43,6 +43,7 @@ func Main(m *testing.M) {
 // out; 127.0.0.0/8 and the addresses of AddAddress are its own.
 type Pod struct {
 	Cgroup string // its cgroup2 folder
+	pid    int
 	orders *rpc.Client
 }
 
@@ -81,7 +82,7 @@ func StartPod(tb testing.TB) *Pod {
 			tb.Errorf("pod: %v", err)
 		}
 	})
-	pod := &Pod{Cgroup: cgroup, orders: orders}
+	pod := &Pod{Cgroup: cgroup, pid: cmd.Process.Pid, orders: orders}
 	pod.do(tb, "Up", struct{}{}, nil)
 	return pod
 }
@@ -168,11 +169,16 @@ func MountBPF(tb testing.TB) string {
 	return fmt.Sprintf("/proc/self/task/%d/root%s", unix.Gettid(), folder)
 }
 
+// TimedOut is the error of what was not answered.
+const TimedOut = "timed out"
+
 // Outcome counts what came of connects and exchanges: by what the server answered, by its address as the client sees it
-// (getpeername(2), or where an answer to an unconnected socket is from), and errors by their text.
+// (getpeername(2), or where an answer to an unconnected socket is from), by the client's address as the server sees it, and errors by
+// their text.
 type Outcome struct {
 	Answers map[string]int
 	Peers   map[string]int
+	Clients map[string]int
 	Errors  map[string]int
 }
 
@@ -183,7 +189,7 @@ func (p *Pod) AddAddress(tb testing.TB, cidr string) {
 }
 
 // Listen serves network ("tcp" or "udp") at address until the test ends. Who connects, and for UDP sends, is answered
-// with the address.
+// with the address and with its own.
 func (p *Pod) Listen(tb testing.TB, network, address string) {
 	tb.Helper()
 	p.do(tb, "Listen", Target{Network: network, Address: address}, nil)
@@ -195,6 +201,22 @@ func (p *Pod) Connect(tb testing.TB, network, address string, n int) Outcome {
 	tb.Helper()
 	var outcome Outcome
 	p.do(tb, "Connect", Target{Network: network, Address: address, N: n}, &outcome)
+	return outcome
+}
+
+// ConnectBriefly connects to address once, and awaits an answer for no longer than one that comes at all would take.
+func (p *Pod) ConnectBriefly(tb testing.TB, network, address string) Outcome {
+	tb.Helper()
+	var outcome Outcome
+	p.do(tb, "Connect", Target{Network: network, Address: address, N: 1, Patience: briefly}, &outcome)
+	return outcome
+}
+
+// ConnectFrom connects to the addresses from one address and port, one after the other, and reads the answers while all are connected.
+func (p *Pod) ConnectFrom(tb testing.TB, network, host string, port int, addresses ...string) Outcome {
+	tb.Helper()
+	var outcome Outcome
+	p.do(tb, "ConnectFrom", Origin{Network: network, Host: host, Port: port, Addresses: addresses}, &outcome)
 	return outcome
 }
 

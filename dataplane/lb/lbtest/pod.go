@@ -18,8 +18,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// patience is how long a connect or an answer may take.
-const patience = 2 * time.Second
+// patience is how long a connect or an answer may take, and briefly how long where none is expected.
+const (
+	patience = 2 * time.Second
+	briefly  = 300 * time.Millisecond
+)
 
 // servePod takes orders from standard input until it ends.
 func servePod() error {
@@ -42,6 +45,14 @@ type Orders struct {
 type Target struct {
 	Network, Address string
 	N                int
+	Patience         time.Duration // 0: patience
+}
+
+// An Origin is where ConnectFrom connects from, and to.
+type Origin struct {
+	Network, Host string
+	Port          int
+	Addresses     []string
 }
 
 // A Timing is what ConnectTimes connects to.
@@ -88,7 +99,7 @@ func (*Orders) Listen(t Target, _ *struct{}) error {
 				if err != nil {
 					return
 				}
-				conn.WriteTo([]byte(t.Address), from) // a lost answer is the client's error
+				conn.WriteTo(answerTo(from, t.Address), from) // a lost answer is the client's error
 			}
 		}()
 		return nil
@@ -103,18 +114,54 @@ func (*Orders) Listen(t Target, _ *struct{}) error {
 			if err != nil {
 				return
 			}
-			conn.Write([]byte(t.Address)) // a lost answer is the client's error
+			conn.Write(answerTo(conn.RemoteAddr(), t.Address)) // a lost answer is the client's error
 			conn.Close()
 		}
 	}()
 	return nil
 }
 
+// answerTo is what a server says.
+func answerTo(client net.Addr, server string) []byte {
+	host, _, err := net.SplitHostPort(client.String())
+	if err != nil {
+		host = err.Error()
+	}
+	return []byte(server + " " + host)
+}
+
 // Connect is the order of the same name.
 func (*Orders) Connect(t Target, outcome *Outcome) error {
 	*outcome = newOutcome()
 	for range t.N {
-		outcome.add(ask(t.Network, t.Address))
+		outcome.add(t.ask())
+	}
+	return nil
+}
+
+// ConnectFrom is the order of the same name.
+func (*Orders) ConnectFrom(o Origin, outcome *Outcome) error {
+	*outcome = newOutcome()
+	var from net.Addr = &net.TCPAddr{IP: net.ParseIP(o.Host), Port: o.Port}
+	if strings.HasPrefix(o.Network, "udp") {
+		from = &net.UDPAddr{IP: net.ParseIP(o.Host), Port: o.Port}
+	}
+	// Several sockets may have one port, if they are connected to different peers.
+	dialer := net.Dialer{Timeout: patience, LocalAddr: from, Control: func(_, _ string, c syscall.RawConn) (err error) {
+		return errors.Join(c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) }), err)
+	}}
+	var conns []net.Conn
+	for _, address := range o.Addresses {
+		conn, err := dialer.Dial(o.Network, address)
+		if err != nil {
+			outcome.add(said{}, err)
+			continue
+		}
+		defer conn.Close()
+		conns = append(conns, conn)
+	}
+	for _, conn := range conns {
+		outcome.add(askOn(conn, patience))
 	}
 	return nil
 }
@@ -150,12 +197,12 @@ func exchange(socket net.PacketConn, to *net.UDPAddr) (said, error) {
 	if _, err := socket.WriteTo([]byte{'?'}, to); err != nil {
 		return said{}, err
 	}
-	answer := make([]byte, 64)
+	answer := make([]byte, 128)
 	n, from, err := socket.ReadFrom(answer)
 	if err != nil {
 		return said{}, err
 	}
-	return said{string(answer[:n]), from.String()}, nil
+	return saying(answer[:n], from), nil
 }
 
 // StartHammer is Hammer's order.
@@ -164,7 +211,7 @@ func (o *Orders) StartHammer(t Target, _ *struct{}) error {
 	first := make(chan struct{})
 	go func() {
 		outcome := newOutcome()
-		outcome.add(ask(t.Network, t.Address))
+		outcome.add(t.ask())
 		close(first)
 		for {
 			select {
@@ -172,7 +219,7 @@ func (o *Orders) StartHammer(t Target, _ *struct{}) error {
 				o.outcome <- outcome
 				return
 			default:
-				outcome.add(ask(t.Network, t.Address))
+				outcome.add(t.ask())
 			}
 		}
 	}()
@@ -188,42 +235,62 @@ func (o *Orders) StopHammer(_ struct{}, outcome *Outcome) error {
 }
 
 func newOutcome() Outcome {
-	return Outcome{Answers: map[string]int{}, Peers: map[string]int{}, Errors: map[string]int{}}
+	return Outcome{Answers: map[string]int{}, Peers: map[string]int{}, Clients: map[string]int{}, Errors: map[string]int{}}
 }
 
-// said is what a server answered, and its address as the client sees it.
-type said struct{ answer, peer string }
+// said is what a server answered, its address as the client sees it, and the client's as the server does.
+type said struct{ answer, peer, client string }
+
+func saying(answer []byte, peer net.Addr) said {
+	server, client, _ := strings.Cut(string(answer), " ")
+	return said{server, peer.String(), client}
+}
 
 func (o Outcome) add(s said, err error) {
 	if err == nil {
 		o.Answers[s.answer]++
 		o.Peers[s.peer]++
+		o.Clients[s.client]++
 		return
 	}
 	var number syscall.Errno
-	if errors.As(err, &number) {
-		err = number
+	var late net.Error
+	switch {
+	case errors.As(err, &number):
+		o.Errors[number.Error()]++
+	case errors.As(err, &late) && late.Timeout():
+		o.Errors[TimedOut]++
+	default:
+		o.Errors[err.Error()]++
 	}
-	o.Errors[err.Error()]++
 }
 
 // ask connects and returns the server's answer.
-func ask(network, address string) (said, error) {
-	conn, err := dial(network, address)
+func (t Target) ask() (said, error) {
+	wait := t.Patience
+	if wait == 0 {
+		wait = patience
+	}
+	conn, err := dial(t.Network, t.Address, wait)
 	if err != nil {
 		return said{}, err
 	}
 	defer conn.Close()
+	return askOn(conn, wait)
+}
+
+// askOn returns what the server of a connection answers.
+func askOn(conn net.Conn, wait time.Duration) (_ said, err error) {
 	if tcp, ok := conn.(*net.TCPConn); ok {
 		// An RST at the end leaves no TIME_WAIT, which would use the ports up.
 		if err := tcp.SetLinger(0); err != nil {
 			return said{}, err
 		}
 	}
-	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(wait)); err != nil {
 		return said{}, err
 	}
-	answer, peer := make([]byte, 64), conn.RemoteAddr()
+	answer, peer := make([]byte, 128), conn.RemoteAddr()
 	var n int
 	if udp, ok := conn.(*net.UDPConn); ok {
 		if _, err := udp.Write([]byte{'?'}); err != nil {
@@ -237,18 +304,18 @@ func ask(network, address string) (said, error) {
 	} else {
 		n, err = conn.Read(answer)
 	}
-	return said{string(answer[:n]), peer.String()}, err
+	return saying(answer[:n], peer), err
 }
 
 // dial connects to an address. An IPv4 address is mapped into IPv6 if the network says 6 (RFC 4291, 2.5.5.2), which package
 // net never does.
-func dial(network, address string) (net.Conn, error) {
+func dial(network, address string, wait time.Duration) (net.Conn, error) {
 	to, err := netip.ParseAddrPort(address)
 	if err != nil {
 		return nil, err
 	}
 	if to.Addr().Is6() || !strings.HasSuffix(network, "6") {
-		return net.DialTimeout(network, address, patience)
+		return net.DialTimeout(network, address, wait)
 	}
 	kind := unix.SOCK_STREAM
 	if network == "udp6" {
