@@ -6,6 +6,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -21,7 +22,9 @@ import (
 
 // newAgentCommand is `plimsoll agent`: the embedded load balancer on a node, where kube-proxy would run.
 func newAgentCommand() *cobra.Command {
-	var kubeconfig string
+	var kubeconfig, localMode, bridge, prefix string
+	var podCIDRs []string
+	var sockets bool
 	var verbosity int
 	cfg := agent.Config{}
 	cmd := &cobra.Command{
@@ -30,7 +33,9 @@ func newAgentCommand() *cobra.Command {
 		Long: `Carry the cluster's Services on this node with the embedded eBPF load balancer, in kube-proxy's place.
 
 Every process in the cgroup2 folder --cgroup and below it sees Services: a connect to one's address becomes a connect to
-one of its endpoints. With --pin-dir that goes on when the agent ends, until the folder is deleted.`,
+one of its endpoints. With --devices the packets that arrive there from anybody else are translated, too: those from
+outside the node, and of pods that are not in the cgroup. With --pin-dir all that goes on when the agent ends, until the
+folder is deleted.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			if os.Geteuid() != 0 {
@@ -39,7 +44,12 @@ one of its endpoints. With --pin-dir that goes on when the agent ends, until the
 			if err := setLogVerbosity(verbosity); err != nil {
 				return err
 			}
-			if cfg.Cgroup, err = agentCgroup(cfg.Cgroup); err != nil {
+			if !sockets {
+				cfg.Cgroup = ""
+			} else if cfg.Cgroup, err = agentCgroup(cfg.Cgroup); err != nil {
+				return err
+			}
+			if cfg.Local, err = agentLocal(localMode, podCIDRs, bridge, prefix); err != nil {
 				return err
 			}
 			if cfg.NodeName, err = agentNodeName(cfg.NodeName); err != nil {
@@ -55,6 +65,13 @@ one of its endpoints. With --pin-dir that goes on when the agent ends, until the
 	flags.StringVar(&kubeconfig, "kubeconfig", "", "kubeconfig `file`; empty: the pod's service account")
 	flags.StringVar(&cfg.NodeName, "hostname-override", "", "`name` of the Node object; empty: the host's name")
 	flags.StringVar(&cfg.Cgroup, "cgroup", "", "cgroup2 `folder` whose processes see Services, never the root one; empty: in a container its own")
+	flags.BoolVar(&sockets, "sockets", true, "translate at the sockets of the cgroup's processes; false leaves all to the devices")
+	flags.StringSliceVar(&cfg.Devices, "devices", nil, "`patterns` of names of devices whose packets are translated, as in 'eth*,veth*'; empty: none")
+	flags.StringVar(&localMode, "detect-local-mode", "", "how clients inside the cluster are told from those outside, for packets: ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix; empty: ClusterCIDR with --cluster-cidr, else not at all")
+	flags.StringSliceVar(&podCIDRs, "cluster-cidr", nil, "`CIDRs` of the cluster's pods, for ClusterCIDR")
+	flags.StringVar(&bridge, "pod-bridge-interface", "", "`name` of the pods' bridge, for BridgeInterface")
+	flags.StringVar(&prefix, "pod-interface-name-prefix", "", "`prefix` of the names of the pods' devices, for InterfaceNamePrefix")
+	flags.BoolVar(&cfg.MasqueradeAll, "masquerade-all", false, "have all endpoints see an address of the node instead of the client's, where packets are translated")
 	flags.StringVar(&cfg.LB.PinDir, "pin-dir", "", "`folder` on a bpffs that keeps maps and link while no agent runs; empty: none")
 	flags.DurationVar(&cfg.MinSyncPeriod, "min-sync-period", agent.DefaultMinSyncPeriod, "least time between two syncs")
 	flags.StringVar(&cfg.HealthzBindAddress, "healthz-bind-address", agent.DefaultHealthzBindAddress, "`address:port` of /healthz and /livez; empty: none")
@@ -82,6 +99,25 @@ func agentCgroup(asked string) (string, error) {
 		return "", fmt.Errorf("name the processes that shall see Services: --cgroup=%s/FOLDER", mount)
 	}
 	return mount, nil
+}
+
+// agentLocal is how clients inside the cluster are known, by flags with the names and meanings of kube-proxy's.
+func agentLocal(mode string, podCIDRs []string, bridge, prefix string) (agent.Local, error) {
+	local := agent.Local{Mode: agent.LocalMode(mode), Interface: bridge}
+	if local.Mode == agent.NoLocalMode && len(podCIDRs) > 0 {
+		local.Mode = agent.ClusterCIDR
+	}
+	if local.Mode == agent.InterfaceNamePrefix {
+		local.Interface = prefix
+	}
+	for _, text := range podCIDRs {
+		p, err := netip.ParsePrefix(text)
+		if err != nil {
+			return local, fmt.Errorf("--cluster-cidr: %w", err)
+		}
+		local.CIDRs = append(local.CIDRs, p)
+	}
+	return local, nil
 }
 
 // agentNodeName is the name that was asked for, or the host's in lower case, which kubelet gives a Node.

@@ -84,12 +84,12 @@ func joined[T any](all []T) string {
 type dumpedFrontend struct {
 	Address    netip.AddrPort   `json:"address"`
 	Protocol   string           `json:"protocol"`
-	Scope      string           `json:"scope"`            // inside, outside or rest
-	Affinity   float64          `json:"affinity_seconds"` // 0: none
+	Scope      string           `json:"scope"`                   // inside, outside or rest
+	Affinity   float64          `json:"affinity_seconds"`        // 0: none
 	Ranges     []netip.Prefix   `json:"source_ranges,omitempty"` // of clients; none: all
 	Masquerade bool             `json:"masquerade,omitempty"`
 	Drop       bool             `json:"drop,omitempty"` // without backends, instead of refusing
-	Backends   []netip.AddrPort `json:"backends"` // empty: connects are refused, or packets dropped
+	Backends   []netip.AddrPort `json:"backends"`       // empty: connects are refused, or packets dropped
 }
 
 func dumpJSON(out io.Writer, frontends []lb.Change) error {

@@ -8,14 +8,12 @@ import (
 	"os"
 	"strings"
 
-	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/btf"
-	"github.com/cilium/ebpf/features"
 	"github.com/vishvananda/netlink"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
 	"github.com/plimsoll-bench/plimsoll/dataplane"
+	"github.com/plimsoll-bench/plimsoll/dataplane/lb"
 )
 
 // dispensable are the modes that many kernels come without. A default run shows them as skipped; without any other mode it
@@ -78,12 +76,12 @@ func tryVeth() finding {
 
 // tryBPF says how well this kernel runs programs of the kind that the eBPF load balancer consists of.
 func tryBPF() finding {
-	// bpf_set_retval lets connect(2) fail with an errno of the program's choice. Linux 6.1 or newer.
-	if err := features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSetRetval); errors.Is(err, ebpf.ErrNotSupported) {
-		return finding{"bpf", lacks, "no bpf_set_retval in programs at a cgroup's connect: " + err.Error(),
-			"set up a kernel of Linux 6.1 or newer with CONFIG_CGROUP_BPF"}
+	if b, err := lb.Load(lb.Options{Services: 1, Backends: 1}); errors.Is(err, lb.ErrNotSupported) {
+		return finding{"bpf", lacks, err.Error(), "set up a kernel of Linux 6.1 or newer with CONFIG_CGROUP_BPF"}
 	} else if err != nil {
 		return finding{"bpf", lacks, err.Error(), "run it as root with CAP_BPF, outside a container"}
+	} else if err := b.Close(); err != nil {
+		return finding{"bpf", unknown, err.Error(), ""}
 	}
 	f := finding{what: "bpf", state: has}
 	detail := []string{"programs at a cgroup's connect"}

@@ -45,6 +45,8 @@ type ProxySpec struct {
 	IPTables string
 	// Agent runs the eBPF agent on the node.
 	Agent bool
+	// Packets has the agent translate packets at the node's devices, and nothing at sockets.
+	Packets bool
 	// ConntrackHooks installs an inert table that keeps conntrack and the NAT hooks alive, and nothing else.
 	ConntrackHooks bool
 	// MinSyncPeriod is the shortest time between two syncs of the proxy. Nil leaves the proxy's own default.

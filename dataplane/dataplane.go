@@ -63,6 +63,7 @@ var Modes = []Mode{
 	ipvs{},
 	nftables{},
 	ebpf{},
+	ebpfPacket{},
 }
 
 // Find is the mode of that name. The error lists the names that there are.

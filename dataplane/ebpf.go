@@ -8,11 +8,8 @@ import (
 	"fmt"
 	"net/netip"
 
-	ciliumebpf "github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/asm"
-	"github.com/cilium/ebpf/features"
-
 	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/dataplane/lb"
 )
 
 // ebpf is the embedded load balancer of package lb: Services are translated at connect(2), by hooks on the node's cgroup.
@@ -26,23 +23,20 @@ func (ebpf) Doc() string {
 }
 func (ebpf) Floor() string { return direct{}.Name() }
 
-// Supported loads the smallest program of the kind that the load balancer attaches, and asks for the helper by which it
-// refuses (Linux 6.1 or newer).
+// Supported loads the load balancer, attached to nothing.
 func (ebpf) Supported(context.Context) error {
-	prog, err := ciliumebpf.NewProgram(&ciliumebpf.ProgramSpec{
-		Type: ciliumebpf.CGroupSockAddr, AttachType: ciliumebpf.AttachCGroupInet4Connect, License: "Dual BSD/GPL",
-		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()},
-	})
+	return loadsBalancer(lb.Options{Services: 1, Backends: 1})
+}
+
+func loadsBalancer(options lb.Options) error {
+	b, err := lb.Load(options)
+	if errors.Is(err, lb.ErrNotSupported) {
+		return fmt.Errorf("%s: %w", complaint([]byte(err.Error())), clusters.ErrNotSupported)
+	}
 	if err != nil {
-		return fmt.Errorf("load a program for cgroup connect4 (needs root and a kernel with CONFIG_CGROUP_BPF): %w: %w", errors.New(complaint([]byte(err.Error()))), clusters.ErrNotSupported)
+		return fmt.Errorf("%s (needs root and a kernel with CONFIG_CGROUP_BPF): %w", complaint([]byte(err.Error())), clusters.ErrNotSupported)
 	}
-	if err := prog.Close(); err != nil {
-		return err
-	}
-	if err := features.HaveProgramHelper(ciliumebpf.CGroupSockAddr, asm.FnSetRetval); err != nil {
-		return fmt.Errorf("the kernel has no bpf_set_retval (Linux 6.1 or newer): %w", clusters.ErrNotSupported)
-	}
-	return nil
+	return b.Close()
 }
 
 func (m ebpf) Spec(s Settings) clusters.ProxySpec {
@@ -51,6 +45,10 @@ func (m ebpf) Spec(s Settings) clusters.ProxySpec {
 
 // Programmed is what the agent counts in its map of frontends.
 func (ebpf) Programmed(ctx context.Context, site clusters.Site) (int, error) {
+	return frontends(ctx, site)
+}
+
+func frontends(ctx context.Context, site clusters.Site) (int, error) {
 	metrics, err := proxyMetrics(ctx, site)
 	if err != nil {
 		return 0, err

@@ -179,9 +179,13 @@ func (n *node) agentCommand(kubeconfig string) (host.Command, error) {
 	argv := []string{n.program, "agent",
 		"--kubeconfig", kubeconfig,
 		"--hostname-override", n.spec.Name,
-		"--cgroup", n.cgroup.Dir,
 		"--healthz-bind-address", proxyHealth,
 		"--metrics-bind-address", "127.0.0.1:10249",
+	}
+	if n.spec.Packets {
+		argv = append(argv, "--sockets=false", "--devices", "*", "--cluster-cidr", podRange.String())
+	} else {
+		argv = append(argv, "--cgroup", n.cgroup.Dir)
 	}
 	if p := n.spec.MinSyncPeriod; p != nil {
 		argv = append(argv, "--min-sync-period", p.String())

@@ -5,14 +5,15 @@
 // Its front half is kube-proxy's own: the same watches, change trackers and choice of endpoints, so that what differs
 // from kube-proxy is the dataplane. It is the only package that knows k8s.io/kubernetes.
 //
-// This version carries what processes on the node connect and send to, over IPv4 and IPv6, TCP and UDP. Packets from outside the
-// node, SCTP, and load balancers' addresses with source ranges are left alone.
+// It carries what processes on the node connect and send to, at their sockets, and what arrives at the node's devices, by conntrack's
+// NAT; over IPv4 and IPv6, TCP and UDP. SCTP is left alone.
 package agent
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"path"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -47,8 +48,16 @@ type Config struct {
 	Client kubernetes.Interface
 	// NodeName decides which endpoints are local, and whose topology counts.
 	NodeName string
-	// Cgroup is the cgroup2 folder whose processes see Services. It must not be the root of the hierarchy.
+	// Cgroup is the cgroup2 folder whose processes see Services. It must not be the root of the hierarchy. Empty leaves sockets alone.
 	Cgroup string
+	// Devices are patterns of path.Match for the names of devices whose packets are looked at, never loopback. None leaves packets alone.
+	Devices []string
+	// Local says which clients are inside the cluster, where packets are looked at.
+	Local Local
+	// MasqueradeAll has all backends see an address of the node instead of the client's, where packets are translated.
+	MasqueradeAll bool
+	// NetNS is the file of the network namespace where the devices are. Empty is that of the calling process.
+	NetNS string
 	// MinSyncPeriod is the least time between the end of a sync and the next one. The first change after a rest is
 	// synced at once. 0 means DefaultMinSyncPeriod.
 	MinSyncPeriod time.Duration
@@ -64,12 +73,17 @@ func (c Config) validate() error {
 		return errors.New("agent: no client")
 	case c.NodeName == "":
 		return errors.New("agent: no node name")
-	case c.Cgroup == "":
-		return errors.New("agent: no cgroup")
+	case c.Cgroup == "" && len(c.Devices) == 0:
+		return errors.New("agent: no cgroup and no devices: nothing to carry")
 	case c.MinSyncPeriod < 0:
 		return fmt.Errorf("agent: minimum sync period %v is negative", c.MinSyncPeriod)
 	}
-	return nil
+	for _, pattern := range c.Devices {
+		if _, err := path.Match(pattern, ""); err != nil {
+			return fmt.Errorf("agent: devices %q: %w", pattern, err)
+		}
+	}
+	return c.Local.validate()
 }
 
 // Run carries the cluster's Services on this node until ctx ends, which is no error. Connects are translated from the
@@ -83,16 +97,31 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if cfg.MinSyncPeriod == 0 {
 		cfg.MinSyncPeriod = DefaultMinSyncPeriod
 	}
+	if len(cfg.Devices) > 0 {
+		cfg.LB.Packets = &lb.PacketOptions{KnowsInsiders: cfg.Local.Mode != NoLocalMode}
+	}
 	balancer, err := lb.Load(cfg.LB)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, balancer.Close()) }()
-	if err := balancer.Attach(cfg.Cgroup); err != nil {
-		return err
+	if cfg.Cgroup != "" {
+		if err := balancer.Attach(cfg.Cgroup); err != nil {
+			return err
+		}
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var network *network
+	if len(cfg.Devices) > 0 {
+		if network, err = startNetwork(ctx, cfg, balancer); err != nil {
+			return err
+		}
+		defer func() { <-network.done }()
+		defer cancel()
 	}
 
-	nodes, services, slices := nodeFactory(cfg), serviceFactory(cfg), sliceFactory(cfg)
+	nodes, services, slices, cidrs := nodeFactory(cfg), serviceFactory(cfg), sliceFactory(cfg), informers.NewSharedInformerFactory(cfg.Client, 0)
 	node := nodes.Core().V1().Nodes()
 	status := newStatus(balancer, node.Lister(), cfg.NodeName)
 	var syncers []*syncer
@@ -100,7 +129,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	var unsynced atomic.Int32
 	unsynced.Store(int32(len(families)))
 	for _, family := range families {
-		syncers = append(syncers, newSyncer(cfg, family, balancer, status, func() {
+		syncers = append(syncers, newSyncer(cfg, family, balancer, network, status, func() {
 			if unsynced.Add(-1) > 0 {
 				return
 			}
@@ -125,7 +154,6 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	}
 	defer loops.Wait()
 	defer close(stop)
-	ctx, cancel := context.WithCancel(ctx)
 	defer watches.Wait()
 	defer cancel()
 
@@ -139,7 +167,13 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		topologyConfig.RegisterEventHandler(s)
 		nodeConfig.RegisterEventHandler(s)
 	}
-	for _, factory := range []informers.SharedInformerFactory{nodes, services, slices} {
+	if network != nil {
+		nodeConfig.RegisterEventHandler(network)
+		cidrConfig := proxyconfig.NewServiceCIDRConfig(ctx, cidrs.Networking().V1().ServiceCIDRs(), 0)
+		cidrConfig.RegisterEventHandler(network)
+		watches.Go(func() { cidrConfig.Run(ctx.Done()) })
+	}
+	for _, factory := range []informers.SharedInformerFactory{nodes, services, slices, cidrs} {
 		factory.Start(ctx.Done())
 		watches.Go(func() {
 			<-ctx.Done()

@@ -78,17 +78,23 @@ func newRig(t *testing.T, objects ...runtime.Object) *rig {
 // start runs the agent. It skips the test where the kernel cannot.
 func (r *rig) start(options lb.Options) {
 	r.Helper()
-	if err := mustLoad(r.T, lb.Options{}).Close(); err != nil {
+	r.run(agent.Config{Cgroup: r.pod.Cgroup, LB: options})
+}
+
+// run runs an agent that is so.
+func (r *rig) run(cfg agent.Config) {
+	r.Helper()
+	options := cfg.LB
+	if options.PinDir = ""; len(cfg.Devices) > 0 {
+		options.Packets = &lb.PacketOptions{}
+	}
+	if err := mustLoad(r.T, options).Close(); err != nil {
 		r.Fatal(err)
 	}
+	cfg.Client, cfg.NodeName, cfg.HealthzBindAddress, cfg.MetricsBindAddress = r.client, thisNode, r.health, r.metric
 	ctx, cancel := context.WithCancel(r.Context())
 	done := make(chan error, 1)
-	go func() {
-		done <- agent.Run(ctx, agent.Config{
-			Client: r.client, NodeName: thisNode, Cgroup: r.pod.Cgroup, LB: options,
-			HealthzBindAddress: r.health, MetricsBindAddress: r.metric,
-		})
-	}()
+	go func() { done <- agent.Run(ctx, cfg) }()
 	r.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {
@@ -495,7 +501,9 @@ func TestRunRefuses(t *testing.T) {
 	for want, cfg := range map[string]agent.Config{
 		"no client":                             {NodeName: thisNode, Cgroup: "/"},
 		"no node name":                          {Client: client, Cgroup: "/"},
-		"no cgroup":                             {Client: client, NodeName: thisNode},
+		"no cgroup and no devices":              {Client: client, NodeName: thisNode},
+		`devices "[": syntax error in pattern`:  {Client: client, NodeName: thisNode, Devices: []string{"["}},
+		`"Guess" is not one of [ClusterCIDR`:    {Client: client, NodeName: thisNode, Devices: []string{"*"}, Local: agent.Local{Mode: "Guess"}},
 		"not a folder of a cgroup2 file system": {Client: client, NodeName: thisNode, Cgroup: t.TempDir()},
 	} {
 		if err := agent.Run(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), want) {

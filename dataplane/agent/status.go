@@ -17,10 +17,12 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/sets"
 	corelisters "k8s.io/client-go/listers/core/v1"
 	"k8s.io/component-base/metrics"
 	"k8s.io/component-base/metrics/legacyregistry"
 	"k8s.io/klog/v2"
+	"k8s.io/kubernetes/pkg/proxy"
 	kubeproxyconfig "k8s.io/kubernetes/pkg/proxy/apis/config"
 	"k8s.io/kubernetes/pkg/proxy/healthcheck"
 	proxymetrics "k8s.io/kubernetes/pkg/proxy/metrics"
@@ -75,10 +77,10 @@ func newStatus(balancer *lb.Balancer, nodes corelisters.NodeLister, nodeName str
 		}
 	}
 	none, services, backends := map[string]string{}, map[string]string{"map": "services"}, map[string]string{"map": "backends"}
-	gauge("plimsoll_lb_frontends", "Frontends in the services map", none, func(c lb.Counts) int { return c.Frontends })
+	gauge("plimsoll_lb_frontends", "Frontends for clients inside the cluster", none, func(c lb.Counts) int { return c.Frontends })
 	gauge("plimsoll_lb_backends", "Backends of all frontends together", none, func(c lb.Counts) int { return c.Backends })
 	const entries, capacity = "Entries of a map that are taken", "Entries of a map that can be taken"
-	gauge("plimsoll_lb_map_entries", entries, services, func(c lb.Counts) int { return c.Frontends })
+	gauge("plimsoll_lb_map_entries", entries, services, func(c lb.Counts) int { return c.Services })
 	gauge("plimsoll_lb_map_entries", entries, backends, func(c lb.Counts) int { return c.Slots })
 	gauge("plimsoll_lb_map_capacity", capacity, services, func(c lb.Counts) int { return c.ServicesCapacity })
 	gauge("plimsoll_lb_map_capacity", capacity, backends, func(c lb.Counts) int { return c.BackendsCapacity })
@@ -114,12 +116,13 @@ func (s *status) queued(family v1.IPFamily) {
 
 // An outcome is what came of a sync.
 type outcome struct {
-	family             v1.IPFamily
-	start              time.Time
-	changes            int
-	noLocal, contested int // ports without a local endpoint that they want, frontends that several ports want
-	triggers           map[types.NamespacedName][]time.Time
-	err                error
+	family    v1.IPFamily
+	start     time.Time
+	changes   int
+	noLocal   map[string]sets.Set[proxy.ServicePortName] // ports without a local endpoint that they want, by policy
+	contested int                                        // frontends that several ports want
+	triggers  map[types.NamespacedName][]time.Time
+	err       error
 }
 
 // synced says what came of a sync. One that failed leaves health to go bad when it is late.
@@ -142,7 +145,9 @@ func (s *status) synced(o outcome) {
 			proxymetrics.NetworkProgrammingLatency.WithLabelValues(label).Observe(time.Since(trigger).Seconds())
 		}
 	}
-	proxymetrics.SyncProxyRulesNoLocalEndpointsTotal.WithLabelValues("internal", label).Set(float64(o.noLocal))
+	for policy, ports := range o.noLocal {
+		proxymetrics.SyncProxyRulesNoLocalEndpointsTotal.WithLabelValues(policy, label).Set(float64(ports.Len()))
+	}
 	s.health.Updated(o.family)
 	proxymetrics.SyncProxyRulesLastTimestamp.WithLabelValues(label).SetToCurrentTime()
 	klog.V(2).InfoS("Synced", "ipFamily", o.family, "changes", o.changes, "elapsed", elapsed)

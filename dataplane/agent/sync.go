@@ -30,14 +30,16 @@ import (
 // frontends changed, so that a sync looks at those alone.
 type syncer struct {
 	// Set once.
-	family    v1.IPFamily
-	nodeName  string
-	balancer  *lb.Balancer
-	status    *status
-	runner    *runner.BoundedFrequencyRunner
-	complete  func()
-	services  *proxy.ServiceChangeTracker
-	endpoints *proxy.EndpointsChangeTracker
+	family     v1.IPFamily
+	nodeName   string
+	balancer   *lb.Balancer
+	network    *network // nil where no packets are looked at
+	masquerade bool     // all
+	status     *status
+	runner     *runner.BoundedFrequencyRunner
+	complete   func()
+	services   *proxy.ServiceChangeTracker
+	endpoints  *proxy.EndpointsChangeTracker
 
 	// Guarded by mu.
 	mu          sync.Mutex
@@ -46,10 +48,12 @@ type syncer struct {
 	nodeAddress netip.Addr // where NodePorts are served; zero until the node says
 	ports       proxy.ServicePortMap
 	endpointsOf proxy.EndpointsMap
-	claims      map[lb.Frontend][]claimant      // who wants a frontend, sorted; the first has it
-	contested   sets.Set[lb.Frontend]           // those that several want
-	changed     sets.Set[lb.Frontend]           // those to look at in the next sync
-	noLocal     sets.Set[proxy.ServicePortName] // ports with a local policy and no local endpoint
+	claims      map[lb.Frontend][]claimant                 // who wants a frontend, sorted; the first has it
+	contested   sets.Set[lb.Frontend]                      // those that several want
+	changed     sets.Set[lb.Frontend]                      // those to look at in the next sync, never as they are to clients outside
+	outside     sets.Set[lb.Frontend]                      // those that are published for clients outside
+	noLocal     map[string]sets.Set[proxy.ServicePortName] // ports with a local policy, internal or external, and no local endpoint
+	udp         proxy.ServicePortMap                       // ports over UDP that changed, or whose endpoints did, since conntrack was cleaned
 	health      *serviceHealth
 	pruned      bool // whether a former agent's frontends were looked through
 }
@@ -61,12 +65,17 @@ var (
 	_ proxyconfig.NodeHandler          = &syncer{}
 )
 
+// Traffic policies, as kube-proxy's metrics name them.
+const internal, external = "internal", "external"
+
 // newSyncer makes one that calls complete once, when all that it has seen first is carried, as far as that can be.
-func newSyncer(cfg Config, family v1.IPFamily, balancer *lb.Balancer, status *status, complete func()) *syncer {
+func newSyncer(cfg Config, family v1.IPFamily, balancer *lb.Balancer, network *network, status *status, complete func()) *syncer {
 	s := &syncer{
 		family:      family,
 		nodeName:    cfg.NodeName,
 		balancer:    balancer,
+		network:     network,
+		masquerade:  cfg.MasqueradeAll,
 		status:      status,
 		unsynced:    3,
 		ports:       make(proxy.ServicePortMap),
@@ -74,9 +83,13 @@ func newSyncer(cfg Config, family v1.IPFamily, balancer *lb.Balancer, status *st
 		claims:      make(map[lb.Frontend][]claimant),
 		contested:   sets.New[lb.Frontend](),
 		changed:     sets.New[lb.Frontend](),
+		outside:     sets.New[lb.Frontend](),
 		health:      newServiceHealth(cfg, family, status),
 		complete:    sync.OnceFunc(complete),
-		noLocal:     sets.New[proxy.ServicePortName](),
+		udp:         make(proxy.ServicePortMap),
+		noLocal: map[string]sets.Set[proxy.ServicePortName]{
+			internal: sets.New[proxy.ServicePortName](), external: sets.New[proxy.ServicePortName](),
+		},
 	}
 	s.services = proxy.NewServiceChangeTracker(family, nil, s.portsChanged)
 	s.endpoints = proxy.NewEndpointsChangeTracker(family, cfg.NodeName, nil, s.endpointsChanged)
@@ -195,7 +208,7 @@ type claimant struct {
 
 func claimantOf(name proxy.ServicePortName, port proxy.ServicePort, frontend lb.Frontend) claimant {
 	own, _ := frontendAt(port.ClusterIP(), port.Port(), port.Protocol())
-	return claimant{name, frontend != own}
+	return claimant{name, frontend != own && frontend.Scope != lb.Rest}
 }
 
 // claim notes that a port wants its frontends, and release that it no longer does.
@@ -226,7 +239,7 @@ func (s *syncer) noteClaims(frontend lb.Frontend) {
 	case len(claimants) == 0:
 		delete(s.claims, frontend)
 		s.contested.Delete(frontend)
-	case len(claimants) == 1:
+	case len(claimants) == 1 || frontend.Scope == lb.Rest: // what is besides the ports of a Service all of them want
 		s.contested.Delete(frontend)
 	case !s.contested.Has(frontend):
 		s.contested.Insert(frontend)
@@ -252,10 +265,13 @@ func (s *syncer) portsChanged(previous, current proxy.ServicePortMap) {
 	s.health.portsChanged(previous, current)
 	for name, port := range previous {
 		s.release(name, port)
-		s.noLocal.Delete(name)
+		for _, ports := range s.noLocal {
+			ports.Delete(name)
+		}
 	}
 	for name, port := range current {
 		s.claim(name, port)
+		s.noteUDP(name, port)
 	}
 }
 
@@ -265,9 +281,17 @@ func (s *syncer) endpointsChanged(previous, current proxy.EndpointsMap) {
 		for name := range endpoints {
 			if port, exists := s.ports[name]; exists {
 				s.changed.Insert(s.frontendsOf(port)...)
+				s.noteUDP(name, port)
 				s.health.endpointsChanged(name)
 			}
 		}
+	}
+}
+
+// noteUDP has conntrack's entries of a port looked at that may lead to endpoints that are gone.
+func (s *syncer) noteUDP(name proxy.ServicePortName, port proxy.ServicePort) {
+	if s.network != nil && port.Protocol() == v1.ProtocolUDP {
+		s.udp[name] = port
 	}
 }
 
@@ -287,11 +311,15 @@ func (s *syncer) sync() error {
 	err := s.balancer.Sync(changes)
 	s.settle(err)
 	s.complete()
+	if len(s.udp) > 0 {
+		s.network.cleanUDP(s.family, s.udp, s.endpointsOf)
+		s.udp = make(proxy.ServicePortMap)
+	}
 	if err := s.health.sync(s.endpointsOf); err != nil {
 		klog.ErrorS(err, "Health checks of Services not served", "ipFamily", s.family)
 	}
 	s.status.synced(outcome{
-		family: s.family, start: start, changes: len(changes), noLocal: s.noLocal.Len(), contested: s.contested.Len(), triggers: triggers, err: err,
+		family: s.family, start: start, changes: len(changes), noLocal: s.noLocal, contested: s.contested.Len(), triggers: triggers, err: err,
 	})
 	return err
 }
@@ -303,42 +331,106 @@ func (s *syncer) changes() []lb.Change {
 		claimants := s.claims[frontend]
 		if len(claimants) == 0 {
 			changes = append(changes, lb.Change{Frontend: frontend, Withdraw: true})
-			continue
+		} else {
+			changes = append(changes, s.changeOf(frontend, claimants[0]))
 		}
-		changes = append(changes, s.changeOf(frontend, claimants[0]))
+		// Who has an address for the world outside has it for clients from there, too. A ClusterIP is the same to all.
+		switch theirs := outside(frontend); {
+		case s.network != nil && len(claimants) > 0 && claimants[0].other:
+			s.outside.Insert(theirs)
+			changes = append(changes, s.changeOf(theirs, claimants[0]))
+		case s.outside.Has(theirs):
+			s.outside.Delete(theirs)
+			changes = append(changes, lb.Change{Frontend: theirs, Withdraw: true})
+		}
 	}
 	return changes
 }
 
+// outside is a frontend as it is to clients outside the cluster, and inside as it is to others.
+func outside(frontend lb.Frontend) lb.Frontend {
+	frontend.Scope = lb.Outside
+	return frontend
+}
+
+func inside(frontend lb.Frontend) lb.Frontend {
+	if frontend.Scope == lb.Outside {
+		frontend.Scope = lb.Inside
+	}
+	return frontend
+}
+
 // changeOf says what the frontend of a port that has it shall be: spread over the endpoints that kube-proxy would choose, refused if there
-// are none anywhere, and left to the packet path, which drops it, if there are only none here.
+// are none anywhere, and dropped if there are only none here.
 //
-// Whoever connects through this node's sockets is inside the cluster: an address for the world outside leads to the endpoints that its
-// cluster policy names, whatever the external one is.
+// Who is inside the cluster reaches the endpoints that the cluster policy names at an address for the world outside, too, whatever the
+// external policy is.
 func (s *syncer) changeOf(frontend lb.Frontend, c claimant) lb.Change {
+	change := lb.Change{Frontend: frontend}
+	if frontend.Scope == lb.Rest {
+		return change
+	}
 	name, port := c.name, s.ports[c.name]
 	eligible, local, _, anywhere := proxy.CategorizeEndpoints(s.endpointsOf[name], port, s.nodeName, s.topology)
-	if !c.other {
+	switch {
+	case !c.other:
 		if port.InternalPolicyLocal() {
 			eligible = local
 		}
-		if len(eligible) == 0 && anywhere {
-			s.noLocal.Insert(name)
-			return lb.Change{Frontend: frontend, Withdraw: true}
-		}
-		s.noLocal.Delete(name)
+		change.Drop = s.noteLocal(internal, name, len(eligible) == 0 && anywhere)
+		change.Masquerade = s.masquerade
+	case frontend.Scope == lb.Outside && port.ExternalPolicyLocal():
+		eligible = local
+		change.Drop = s.noteLocal(external, name, len(eligible) == 0 && anywhere)
+	default:
+		change.Masquerade = !port.ExternalPolicyLocal() || s.masquerade
 	}
+	if slices.ContainsFunc(port.LoadBalancerVIPs(), func(vip net.IP) bool { return isAt(frontend, vip) }) {
+		change.Ranges = s.rangesOf(name, port)
+	}
+	change.Affinity = affinityOf(name, port)
 
-	backends := make([]netip.AddrPort, 0, len(eligible))
+	change.Backends = make([]netip.AddrPort, 0, len(eligible))
 	for _, endpoint := range eligible {
 		address, err := netip.ParseAddr(endpoint.IP())
 		if err != nil || !lb.IsHost(address) {
 			klog.ErrorS(err, "Endpoint ignored, which is no host's address", "servicePort", name, "endpoint", endpoint)
 			continue
 		}
-		backends = append(backends, netip.AddrPortFrom(address, uint16(endpoint.Port())))
+		change.Backends = append(change.Backends, netip.AddrPortFrom(address, uint16(endpoint.Port())))
 	}
-	return lb.Change{Frontend: frontend, Backends: backends, Affinity: affinityOf(name, port)}
+	return change
+}
+
+// noteLocal counts a port that lacks local endpoints by a policy, or no longer does, and returns which.
+func (s *syncer) noteLocal(policy string, name proxy.ServicePortName, lacks bool) bool {
+	if lacks {
+		s.noLocal[policy].Insert(name)
+	} else {
+		s.noLocal[policy].Delete(name)
+	}
+	return lacks
+}
+
+// isAt tells whether a frontend is at an address.
+func isAt(frontend lb.Frontend, ip net.IP) bool {
+	address, ok := netip.AddrFromSlice(ip)
+	return ok && address.Unmap() == frontend.Address.Addr()
+}
+
+// rangesOf are where the clients of a load balancer's address are admitted from. The tracker has sorted them by IP version, and left
+// none if one is for all.
+func (s *syncer) rangesOf(name proxy.ServicePortName, port proxy.ServicePort) []netip.Prefix {
+	var ranges []netip.Prefix
+	for _, n := range port.LoadBalancerSourceRanges() {
+		p, err := netip.ParsePrefix(n.String())
+		if err != nil {
+			klog.ErrorS(err, "Source range ignored", "servicePort", name)
+			continue
+		}
+		ranges = append(ranges, p)
+	}
+	return ranges
 }
 
 // affinityOf gives the frontends of a port one affinity, which is the same after the agent was started again.
@@ -358,8 +450,8 @@ func affinityOf(name proxy.ServicePortName, port proxy.ServicePort) lb.Affinity 
 func (s *syncer) settle(err error) {
 	s.changed = sets.New[lb.Frontend]()
 	for failed := range frontendErrors(err) {
-		s.changed.Insert(failed.Frontend)
-		if claimants := s.claims[failed.Frontend]; len(claimants) > 0 {
+		s.changed.Insert(inside(failed.Frontend))
+		if claimants := s.claims[inside(failed.Frontend)]; len(claimants) > 0 {
 			klog.ErrorS(failed.Err, "Service port not programmed", "servicePort", claimants[0].name, "frontend", failed.Frontend)
 			continue
 		}
@@ -392,29 +484,35 @@ func (s *syncer) prune() {
 	s.pruned = true
 	for frontend := range s.balancer.Frontends() {
 		if frontend.Address.Addr().Is4() == (s.family == v1.IPv4Protocol) {
-			s.changed.Insert(frontend)
+			s.changed.Insert(inside(frontend))
+			if frontend.Scope == lb.Outside {
+				s.outside.Insert(frontend)
+			}
 		}
 	}
 }
 
 // frontendsOf lists where a port is served: at its ClusterIP, its external and load balancers' addresses, and its NodePort on this
-// node's own address. A load balancer's address with source ranges is left to the packet path: at connect(2) the client's address is
-// not known yet.
+// node's own address. Where packets are looked at, a ClusterIP refuses at other ports.
 func (s *syncer) frontendsOf(port proxy.ServicePort) []lb.Frontend {
-	addresses := append([]net.IP{port.ClusterIP()}, port.ExternalIPs()...)
-	if len(port.LoadBalancerSourceRanges()) == 0 {
-		addresses = append(addresses, port.LoadBalancerVIPs()...)
+	externals := append(slices.Clone(port.ExternalIPs()), port.LoadBalancerVIPs()...)
+	frontends := make([]lb.Frontend, 0, len(externals)+3)
+	if own, ok := frontendAt(port.ClusterIP(), port.Port(), port.Protocol()); ok {
+		frontends = append(frontends, own)
+		if s.network != nil {
+			frontends = append(frontends, lb.Frontend{Address: netip.AddrPortFrom(own.Address.Addr(), 0), Scope: lb.Rest})
+		}
 	}
-	frontends := make([]lb.Frontend, 0, len(addresses)+1)
-	for _, address := range addresses {
-		if frontend, ok := frontendAt(address, port.Port(), port.Protocol()); ok {
+	add := func(address net.IP, number int) {
+		if frontend, ok := frontendAt(address, number, port.Protocol()); ok {
 			frontends = append(frontends, frontend)
 		}
+	}
+	for _, address := range externals {
+		add(address, port.Port())
 	}
 	if port.NodePort() != 0 && s.nodeAddress.IsValid() {
-		if frontend, ok := frontendAt(s.nodeAddress.AsSlice(), port.NodePort(), port.Protocol()); ok {
-			frontends = append(frontends, frontend)
-		}
+		add(s.nodeAddress.AsSlice(), port.NodePort())
 	}
 	return frontends
 }

@@ -73,7 +73,7 @@ func (f *family) takeOver() error {
 		if w.count() > 0 && !f.claim(w) {
 			return fmt.Errorf("frontend %v claims backends %d to %d, which are not its own", k.frontend(), w.base(), w.base()+w.count()-1)
 		}
-		f.table.used++
+		f.table.count(k, 1)
 		f.backends += w.count()
 	}
 	return nil
@@ -239,7 +239,8 @@ func (f *family) reclaim(now time.Time) {
 // counts tells how full the maps are.
 func (f *family) counts() Counts {
 	return Counts{
-		Frontends:        f.table.used,
+		Frontends:        f.table.inside,
+		Services:         f.table.used,
 		Backends:         f.backends,
 		Slots:            f.regions.taken() - entryWords,
 		ServicesCapacity: f.options.Services,

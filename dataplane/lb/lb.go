@@ -18,7 +18,6 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
-	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 )
@@ -293,12 +292,27 @@ func (b *Balancer) explainLoad(err error) error {
 		return fmt.Errorf("maps pinned in %s have other sizes (delete the folder, or keep its sizes): %w", b.pinDir(), err)
 	case errors.Is(err, ebpf.ErrNotSupported):
 		return fmt.Errorf("load the socket hooks: %w: %w", ErrNotSupported, err)
-	case errors.Is(features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSetRetval), ebpf.ErrNotSupported):
-		return fmt.Errorf("load the socket hooks: bpf_set_retval (Linux 6.1): %w: %w", ErrNotSupported, err)
 	case errors.Is(err, unix.EPERM):
 		return fmt.Errorf("load the socket hooks: BPF is not permitted here (want root, or CAP_BPF and CAP_NET_ADMIN): %w", err)
+	case !refusesConnects():
+		return fmt.Errorf("load the socket hooks: bpf_set_retval (Linux 6.1): %w: %w", ErrNotSupported, err)
 	}
 	return fmt.Errorf("load the socket hooks: %w", err)
+}
+
+// refusesConnects tells whether a program at connect4 may choose the errno.
+//
+// Note: the probe of package features was the first plan. It loads a program that Linux 7.2 refuses for another reason
+// (cilium/ebpf#2099).
+func refusesConnects() bool {
+	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.CGroupSockAddr, AttachType: ebpf.AttachCGroupInet4Connect, License: "Dual BSD/GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R1, -int32(unix.ECONNREFUSED)), asm.FnSetRetval.Call(), asm.Mov.Imm(asm.R0, 0), asm.Return()},
+	})
+	if err != nil {
+		return false
+	}
+	return program.Close() == nil
 }
 
 // Attach lets the programs see every connect(2) and sendto(2) of the processes in a cgroup2 folder and its sub-folders. With a PinDir it
@@ -410,7 +424,8 @@ func (b *Balancer) Close() error {
 
 // Counts tells how full the maps of an IP version are.
 type Counts struct {
-	Frontends        int // frontends in the services map
+	Frontends        int // frontends for clients inside the cluster
+	Services         int // entries of the services map that are taken, by frontends of all scopes
 	Backends         int // backends of all frontends together, in either map
 	Slots            int // entries of the backends map that are taken, those that wait out the grace period included
 	ServicesCapacity int // frontends that the services map may hold

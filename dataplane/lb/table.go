@@ -49,6 +49,7 @@ type table struct {
 	buckets  [][bucketEntries]entry
 	seeds    []uint64 // odd, as many as keyWords; in memory
 	used     int      // entries that hold a frontend
+	inside   int      // those of them that are for clients inside the cluster
 }
 
 // tableBuckets is how many buckets, a power of two, keep the table half empty with so many frontends.
@@ -158,14 +159,22 @@ func (t *table) insert(e *entry, k key) {
 	for i := t.keyWords - 1; i >= 0; i-- {
 		atomic.StoreUint64(&e[i], k[i])
 	}
-	t.used++
+	t.count(k, 1)
+}
+
+// count notes that a frontend came or went.
+func (t *table) count(k key, n int) {
+	t.used += n
+	if k.frontend().Scope == Inside {
+		t.inside += n
+	}
 }
 
 // remove takes a frontend's entry from it. What is behind an entry is still found, and so it becomes empty only if there
 // is nothing; else look-ups, and the deleted ones before it, would grow for ever.
 func (t *table) remove(e *entry, k key) {
 	atomic.StoreUint64(&e[0], deletedKey)
-	t.used--
+	t.count(k, -1)
 	bucket := t.bucket(t.hash(k))
 	at := (uintptr(unsafe.Pointer(e)) - uintptr(unsafe.Pointer(bucket))) / unsafe.Sizeof(*e)
 	for next := &bucket[(at+1)%bucketEntries]; next[0] == emptyKey && e[0] == deletedKey; {

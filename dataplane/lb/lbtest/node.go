@@ -117,6 +117,9 @@ func setUp(h *netlink.Handle, name string) (netlink.Link, error) {
 	return link, h.LinkSetUp(link)
 }
 
+// NetNS is the file of the pod's network namespace.
+func (p *Pod) NetNS() string { return fmt.Sprintf("/proc/%d/ns/net", p.pid) }
+
 // Enter calls f on a thread in the pod's network namespace.
 func (p *Pod) Enter(tb testing.TB, f func() error) {
 	tb.Helper()

@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"path"
+	"runtime"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+	v1 "k8s.io/api/core/v1"
+	"k8s.io/klog/v2"
+	"k8s.io/kubernetes/pkg/proxy"
+	proxyconfig "k8s.io/kubernetes/pkg/proxy/config"
+	"k8s.io/kubernetes/pkg/proxy/conntrack"
+
+	"github.com/plimsoll-bench/plimsoll/dataplane/lb"
+)
+
+// A LocalMode is how clients inside the cluster are told from those outside. The names are kube-proxy's.
+type LocalMode string
+
+// The modes that there are. Without one all clients are taken for outside ones, and none is masqueraded at a ClusterIP.
+const (
+	NoLocalMode         LocalMode = ""
+	ClusterCIDR         LocalMode = "ClusterCIDR"         // by Local.CIDRs
+	NodeCIDR            LocalMode = "NodeCIDR"            // by the node's spec.podCIDRs
+	BridgeInterface     LocalMode = "BridgeInterface"     // by the bridge Local.Interface, where their packets arrive
+	InterfaceNamePrefix LocalMode = "InterfaceNamePrefix" // by devices whose names begin with Local.Interface
+)
+
+// LocalModes are all of them but the first.
+var LocalModes = []LocalMode{ClusterCIDR, NodeCIDR, BridgeInterface, InterfaceNamePrefix}
+
+// A Local says which clients are inside the cluster.
+type Local struct {
+	Mode      LocalMode
+	CIDRs     []netip.Prefix
+	Interface string
+}
+
+func (l Local) validate() error {
+	switch l.Mode {
+	case NoLocalMode, NodeCIDR:
+		return nil
+	case ClusterCIDR:
+		if len(l.CIDRs) == 0 {
+			return fmt.Errorf("agent: local mode %s wants the cluster's pod CIDRs", l.Mode)
+		}
+		return nil
+	case BridgeInterface, InterfaceNamePrefix:
+		if l.Interface == "" {
+			return fmt.Errorf("agent: local mode %s wants the name of an interface", l.Mode)
+		}
+		return nil
+	}
+	return fmt.Errorf("agent: local mode %q is not one of %v", l.Mode, LocalModes)
+}
+
+// A network is what the agent does in the node's network namespace: it attaches the packet programs to devices as they come, and
+// keeps conntrack in step. All of it happens on one thread, which is in that namespace.
+type network struct {
+	cfg      Config
+	balancer *lb.Balancer
+	work     chan func()
+	done     chan struct{}
+	attached map[int]bool // of the thread's own
+}
+
+var (
+	_ proxyconfig.NodeHandler        = (*network)(nil)
+	_ proxyconfig.ServiceCIDRHandler = (*network)(nil)
+)
+
+// startNetwork attaches the packet programs to the devices that are there, and to those that come until ctx ends.
+func startNetwork(ctx context.Context, cfg Config, balancer *lb.Balancer) (*network, error) {
+	n := &network{cfg: cfg, balancer: balancer, work: make(chan func()), done: make(chan struct{}), attached: make(map[int]bool)}
+	if cfg.Local.Mode == ClusterCIDR {
+		if err := balancer.SetInsiders(cfg.Local.CIDRs); err != nil {
+			return nil, err
+		}
+	}
+	started := make(chan error, 1)
+	go func() {
+		defer close(n.done)
+		runtime.LockOSThread() // never unlocked: the thread ends with this goroutine, and its namespace with it
+		n.run(ctx, started)
+	}()
+	if err := <-started; err != nil {
+		<-n.done
+		return nil, fmt.Errorf("packet path: %w", err)
+	}
+	return n, nil
+}
+
+// run tells started how the beginning went, and then works until ctx ends.
+func (n *network) run(ctx context.Context, started chan<- error) {
+	links, stop := make(chan netlink.LinkUpdate), make(chan struct{})
+	defer close(stop)
+	// Subtle: watched before they are listed, so that none is missed.
+	err := n.enter()
+	if err == nil {
+		err = lb.KeepNAT(ctx)
+	}
+	if err == nil {
+		err = n.watch(links, stop)
+	}
+	if err == nil {
+		err = n.attachAll()
+	}
+	if err == nil {
+		err = n.balancer.KeepDevices()
+	}
+	started <- err
+	if err != nil {
+		go drain(links)
+		return
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			go drain(links)
+			return
+		case f := <-n.work:
+			f()
+		case update, open := <-links:
+			if !open {
+				// The kernel dropped messages, or the socket broke: what there is tells all that was missed.
+				links = make(chan netlink.LinkUpdate)
+				if err := errors.Join(n.watch(links, stop), n.attachAll()); err != nil {
+					klog.ErrorS(err, "Devices not watched: those that come are not attached to")
+					links = nil
+				}
+				continue
+			}
+			n.linkChanged(update)
+		}
+	}
+}
+
+// drain lets the sender of a channel that nobody reads go on to its end.
+func drain(links <-chan netlink.LinkUpdate) {
+	for range links {
+	}
+}
+
+func (n *network) enter() error {
+	if n.cfg.NetNS == "" {
+		return nil
+	}
+	ns, err := netns.GetFromPath(n.cfg.NetNS)
+	if err != nil {
+		return fmt.Errorf("open the network namespace %s: %w", n.cfg.NetNS, err)
+	}
+	defer ns.Close()
+	if err := netns.Set(ns); err != nil {
+		return fmt.Errorf("enter the network namespace %s: %w", n.cfg.NetNS, err)
+	}
+	return nil
+}
+
+func (n *network) watch(links chan netlink.LinkUpdate, stop <-chan struct{}) error {
+	options := netlink.LinkSubscribeOptions{ErrorCallback: func(err error) { klog.ErrorS(err, "Devices watched anew") }}
+	if err := netlink.LinkSubscribeWithOptions(links, stop, options); err != nil {
+		return fmt.Errorf("watch devices: %w", err)
+	}
+	return nil
+}
+
+func (n *network) attachAll() error {
+	links, err := netlink.LinkList()
+	if err != nil {
+		return fmt.Errorf("list devices: %w", err)
+	}
+	var errs []error
+	for _, link := range links {
+		errs = append(errs, n.attach(link.Attrs()))
+	}
+	return errors.Join(errs...)
+}
+
+func (n *network) linkChanged(update netlink.LinkUpdate) {
+	attrs := update.Link.Attrs()
+	var err error
+	if update.Header.Type == unix.RTM_DELLINK {
+		delete(n.attached, attrs.Index)
+		err = n.balancer.DetachDevice(attrs.Index)
+	} else {
+		err = n.attach(attrs)
+	}
+	if err != nil {
+		klog.ErrorS(err, "Device not attached to: clients behind it reach no Services by packets", "device", attrs.Name)
+	}
+}
+
+// attach attaches to a device that is wanted and was not attached to before.
+func (n *network) attach(attrs *netlink.LinkAttrs) error {
+	if n.attached[attrs.Index] || attrs.Flags&unix.IFF_LOOPBACK != 0 || !n.wants(attrs.Name) {
+		return nil
+	}
+	err := n.balancer.AttachDevice(lb.Device{Index: attrs.Index, Pods: n.isOfPods(attrs)})
+	if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EINVAL) {
+		if _, gone := netlink.LinkByIndex(attrs.Index); gone != nil {
+			return nil
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", attrs.Name, err)
+	}
+	n.attached[attrs.Index] = true
+	klog.V(2).InfoS("Device attached to", "device", attrs.Name)
+	return nil
+}
+
+func (n *network) wants(name string) bool {
+	for _, pattern := range n.cfg.Devices {
+		if matched, _ := path.Match(pattern, name); matched { // validate has looked at the patterns
+			return true
+		}
+	}
+	return false
+}
+
+// isOfPods tells whether only pods are behind a device.
+func (n *network) isOfPods(attrs *netlink.LinkAttrs) bool {
+	switch n.cfg.Local.Mode {
+	case InterfaceNamePrefix:
+		return strings.HasPrefix(attrs.Name, n.cfg.Local.Interface)
+	case BridgeInterface:
+		if attrs.Name == n.cfg.Local.Interface {
+			return true
+		}
+		// Packets arrive at a port of the bridge before they do at the bridge.
+		master, err := netlink.LinkByIndex(attrs.MasterIndex)
+		return attrs.MasterIndex != 0 && err == nil && master.Attrs().Name == n.cfg.Local.Interface
+	}
+	return false
+}
+
+// OnNodeAdd, OnNodeUpdate and OnNodeSynced are told what the node is: where its pods are, in mode NodeCIDR.
+func (n *network) OnNodeChange(node *v1.Node) {
+	if n.cfg.Local.Mode == NodeCIDR {
+		setPrefixes("Pod CIDRs of the node", node.Spec.PodCIDRs, n.balancer.SetInsiders)
+	}
+}
+
+func (n *network) OnNodeDelete(*v1.Node) {}
+func (n *network) OnNodeSynced()         {}
+
+// OnServiceCIDRsChanged is told where ClusterIPs are.
+func (n *network) OnServiceCIDRsChanged(cidrs []string) {
+	setPrefixes("Service CIDRs", cidrs, n.balancer.SetClusterIPs)
+}
+
+// setPrefixes gives the load balancer prefixes, but for those that are none.
+func setPrefixes(what string, texts []string, set func([]netip.Prefix) error) {
+	var prefixes []netip.Prefix
+	for _, text := range texts {
+		p, err := netip.ParsePrefix(text)
+		if err != nil {
+			klog.ErrorS(err, "Prefix ignored", "of", what)
+			continue
+		}
+		prefixes = append(prefixes, p)
+	}
+	if err := set(prefixes); err != nil {
+		klog.ErrorS(err, "Prefixes not set", "of", what)
+	}
+}
+
+// cleanUDP deletes conntrack's entries of UDP flows to these ports whose endpoints do not serve any more, so that their next packets
+// go to others, as kube-proxy does.
+func (n *network) cleanUDP(family v1.IPFamily, ports proxy.ServicePortMap, endpoints proxy.EndpointsMap) {
+	cleaned := make(chan struct{})
+	clean := func() {
+		conntrack.CleanStaleEntries(conntrack.New(), family, ports, endpoints)
+		close(cleaned)
+	}
+	select {
+	case n.work <- clean:
+		<-cleaned
+	case <-n.done:
+	}
+}

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent_test
+
+import (
+	"maps"
+	"net/netip"
+	"slices"
+	"testing"
+
+	"golang.org/x/sys/unix"
+	v1 "k8s.io/api/core/v1"
+	networking "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+
+	"github.com/plimsoll-bench/plimsoll/dataplane/agent"
+	"github.com/plimsoll-bench/plimsoll/dataplane/lb/lbtest"
+)
+
+// Addresses of a packet rig.
+const (
+	clientIP, outsiderIP = "10.1.0.1", "192.0.2.99"
+	hereIP, thereIP      = "10.1.0.2", "10.2.0.2" // pods with an endpoint, on this node and another
+	podCIDR              = "10.0.0.0/8"
+	hereWeb, thereWeb    = hereIP + ":8080", thereIP + ":8080"
+)
+
+// A packetRig is an agent without socket hooks on a node with pods, one of which stands for another node's, and a host outside the
+// cluster.
+type packetRig struct {
+	*rig
+	node                  *lbtest.Node
+	here, there, outsider *lbtest.Pod
+}
+
+// startPacketRig runs an agent over objects until the test ends.
+func startPacketRig(t *testing.T, objects ...runtime.Object) *packetRig {
+	t.Helper()
+	cidr := &networking.ServiceCIDR{ObjectMeta: metav1.ObjectMeta{Name: "kubernetes"}, Spec: networking.ServiceCIDRSpec{CIDRs: []string{"10.96.0.0/16"}}}
+	r := &packetRig{rig: newRig(t, append(objects, cidr)...), node: lbtest.StartNode(t, nodeAddress)}
+	r.pod = r.node.AddPod(t, "pod-client", clientIP)
+	r.here, r.there, r.outsider = r.node.AddPod(t, "pod-here", hereIP), r.node.AddPod(t, "eth1", thereIP), r.node.AddPod(t, "eth0", outsiderIP)
+	for _, network := range []string{"tcp", "udp"} {
+		r.here.Listen(t, network, hereWeb)
+		r.there.Listen(t, network, thereWeb)
+	}
+	r.run(agent.Config{
+		Devices: []string{"*"}, NetNS: r.node.NetNS(),
+		Local: agent.Local{Mode: agent.ClusterCIDR, CIDRs: []netip.Prefix{netip.MustParsePrefix(podCIDR)}},
+	})
+	return r
+}
+
+// from is a rig whose connects come from another pod.
+func (r *packetRig) from(pod *lbtest.Pod) *rig {
+	other := *r.rig
+	other.pod = pod
+	return &other
+}
+
+// seen wants servers to see a client by one address.
+func seen(t *testing.T, pod *lbtest.Pod, address, client string) {
+	t.Helper()
+	got := pod.Connect(t, "tcp", address, 10)
+	if !slices.Equal(slices.Collect(maps.Keys(got.Clients)), []string{client}) {
+		t.Errorf("%s: want the endpoints to see %s, got %+v", address, client, got)
+	}
+}
+
+// silent wants a pod to get no answer.
+func silent(t *testing.T, pod *lbtest.Pod, address string) {
+	t.Helper()
+	if got := pod.ConnectBriefly(t, "tcp", address); got.Errors[lbtest.TimedOut] != 1 {
+		t.Errorf("%s: want no answer, got %+v", address, got)
+	}
+}
+
+// exposed is a Service at all kinds of addresses.
+func exposed(change func(*v1.Service)) *v1.Service {
+	http := port("http", v1.ProtocolTCP, 80)
+	http.NodePort = 30080
+	return service(func(s *v1.Service) {
+		s.Spec.Type = v1.ServiceTypeLoadBalancer
+		s.Spec.ExternalIPs = []string{externalIP}
+		s.Status.LoadBalancer.Ingress = []v1.LoadBalancerIngress{{IP: ingressIP}}
+		if change != nil {
+			change(s)
+		}
+	}, http)
+}
+
+const externalIP, ingressIP = "192.0.2.1", "192.0.2.2"
+
+// externals are the addresses of exposed for the world outside.
+var externals = []string{externalIP + ":80", ingressIP + ":80", nodeAddress + ":30080"}
+
+func TestPacketsReachServices(t *testing.T) {
+	both := slice("web-1", "http", v1.ProtocolTCP, endpoint(hereIP, thisNode), endpoint(thereIP, otherNode))
+	r := startPacketRig(t, exposed(nil), both)
+	outside := r.from(r.outsider)
+
+	t.Run("ClusterIP", func(t *testing.T) {
+		r.wants("tcp", http80, hereWeb, thereWeb)
+		seen(t, r.pod, http80, clientIP)
+		outside.wants("tcp", http80, hereWeb, thereWeb)
+		seen(t, r.outsider, http80, nodeAddress)
+		r.wantsError("tcp", clusterIP+":81", unix.ECONNREFUSED)
+		silent(t, r.pod, "10.96.0.99:80")
+	})
+	t.Run("external addresses, cluster policy", func(t *testing.T) {
+		for _, address := range externals {
+			for _, pod := range []*lbtest.Pod{r.outsider, r.pod} {
+				r.from(pod).wants("tcp", address, hereWeb, thereWeb)
+				seen(t, pod, address, nodeAddress)
+			}
+		}
+	})
+	t.Run("external addresses, local policy", func(t *testing.T) {
+		local := func(s *v1.Service) { s.Spec.ExternalTrafficPolicy = v1.ServiceExternalTrafficPolicyLocal }
+		r.updateService(exposed(local))
+		for _, address := range externals {
+			outside.wants("tcp", address, hereWeb)
+			seen(t, r.outsider, address, outsiderIP)
+			r.wants("tcp", address, hereWeb, thereWeb)
+			seen(t, r.pod, address, clientIP)
+		}
+		r.updateSlice(slice("web-1", "http", v1.ProtocolTCP, endpoint(thereIP, otherNode)))
+		for _, address := range externals {
+			r.wants("tcp", address, thereWeb)
+			silent(t, r.outsider, address)
+		}
+		r.updateSlice(slice("web-1", "http", v1.ProtocolTCP))
+		for _, address := range externals {
+			outside.wantsError("tcp", address, unix.ECONNREFUSED)
+			r.wantsError("tcp", address, unix.ECONNREFUSED)
+		}
+		r.updateSlice(both)
+	})
+	t.Run("internal policy", func(t *testing.T) {
+		local := v1.ServiceInternalTrafficPolicyLocal
+		r.updateService(exposed(func(s *v1.Service) { s.Spec.InternalTrafficPolicy = &local }))
+		r.wants("tcp", http80, hereWeb)
+		outside.wants("tcp", externals[0], hereWeb, thereWeb)
+		r.updateSlice(slice("web-1", "http", v1.ProtocolTCP, endpoint(thereIP, otherNode)))
+		outside.wants("tcp", externals[0], thereWeb)
+		silent(t, r.pod, http80)
+		r.updateSlice(both)
+	})
+	t.Run("source ranges", func(t *testing.T) {
+		r.updateService(exposed(func(s *v1.Service) { s.Spec.LoadBalancerSourceRanges = []string{" 192.0.2.0/24 ", "fd00::/8"} }))
+		outside.wants("tcp", http80, hereWeb, thereWeb)
+		outside.wants("tcp", ingressIP+":80", hereWeb, thereWeb)
+		silent(t, r.pod, ingressIP+":80")
+		for _, address := range []string{externalIP + ":80", nodeAddress + ":30080"} {
+			r.wants("tcp", address, hereWeb, thereWeb)
+		}
+		r.updateService(exposed(func(s *v1.Service) { s.Spec.LoadBalancerSourceRanges = []string{"192.0.2.0/24", "0.0.0.0/0"} }))
+		r.wants("tcp", ingressIP+":80", hereWeb, thereWeb)
+	})
+	t.Run("hairpin", func(t *testing.T) {
+		r.updateSlice(slice("web-1", "http", v1.ProtocolTCP, endpoint(hereIP, thisNode)))
+		r.from(r.here).wants("tcp", http80, hereWeb)
+		seen(t, r.here, http80, nodeAddress)
+	})
+	t.Run("a Service that nobody outside is to reach any more", func(t *testing.T) {
+		r.updateService(service(nil, port("http", v1.ProtocolTCP, 80)))
+		r.wants("tcp", http80, hereWeb)
+		outside.wantsError("tcp", externals[0], unix.ENETUNREACH)
+		// The node itself answers at its own address, as it has nobody there.
+		outside.wantsError("tcp", externals[2], unix.ECONNREFUSED)
+	})
+	t.Run("a device that comes", func(t *testing.T) {
+		late := r.node.AddPod(t, "pod-late", "10.1.0.9")
+		r.from(late).wants("tcp", http80, hereWeb)
+	})
+}
+
+// A flow of UDP goes to another endpoint when its own is gone.
+func TestPacketsLeaveGoneEndpoints(t *testing.T) {
+	r := startPacketRig(t, service(nil, port("dns", v1.ProtocolUDP, 53)), slice("web-1", "dns", v1.ProtocolUDP, endpoint(hereIP, thisNode)))
+	dns := clusterIP + ":53"
+	r.wants("udp", dns, hereWeb)
+	r.pod.Open(t, "udp4")
+	exchange := func(backend string) {
+		t.Helper()
+		r.eventually(func() bool { return r.pod.Exchange(t, dns, 1).Answers[backend] == 1 }, func() string { return "no answer of " + backend })
+	}
+	exchange(hereWeb)
+	r.updateSlice(slice("web-1", "dns", v1.ProtocolUDP, endpoint(hereIP, thisNode), endpoint(thereIP, otherNode)))
+	exchange(hereWeb)
+	r.updateSlice(slice("web-1", "dns", v1.ProtocolUDP, endpoint(thereIP, otherNode)))
+	exchange(thereWeb)
+}
