@@ -25,18 +25,19 @@ func (ebpf) Floor() string { return direct{}.Name() }
 
 // Supported loads the load balancer, attached to nothing.
 func (ebpf) Supported(context.Context) error {
-	return loadsBalancer(lb.Options{Services: 1, Backends: 1})
+	return loadsBalancer(lb.Options{Services: 1, Backends: 1}, func(*lb.Balancer) error { return nil })
 }
 
-func loadsBalancer(options lb.Options) error {
+// loadsBalancer says why a load balancer cannot be loaded, or tried; nil if it can.
+func loadsBalancer(options lb.Options, try func(*lb.Balancer) error) error {
 	b, err := lb.Load(options)
-	if errors.Is(err, lb.ErrNotSupported) {
-		return fmt.Errorf("%s: %w", complaint([]byte(err.Error())), clusters.ErrNotSupported)
+	if err == nil {
+		err = errors.Join(try(b), b.Close())
 	}
 	if err != nil {
-		return fmt.Errorf("%s (needs root and a kernel with CONFIG_CGROUP_BPF): %w", complaint([]byte(err.Error())), clusters.ErrNotSupported)
+		return fmt.Errorf("%s: %w", complaint([]byte(err.Error())), clusters.ErrNotSupported)
 	}
-	return b.Close()
+	return nil
 }
 
 func (m ebpf) Spec(s Settings) clusters.ProxySpec {

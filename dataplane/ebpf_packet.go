@@ -4,6 +4,7 @@ package dataplane
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
@@ -24,10 +25,13 @@ func (ebpfPacket) Floor() string { return directConntrack{}.Name() }
 
 // Supported loads the programs, attached to nothing, and has nft make their table where nothing else is.
 func (ebpfPacket) Supported(ctx context.Context) error {
-	if err := loadsBalancer(lb.Options{Services: 1, Backends: 1, Packets: &lb.PacketOptions{}}); err != nil {
+	ns, err := clusters.NewNetNS()
+	if err != nil {
 		return err
 	}
-	return inScratch(func() error { return lb.KeepNAT(ctx) })
+	defer ns.Close()
+	options := lb.Options{Services: 1, Backends: 1, Packets: &lb.PacketOptions{NetNS: fmt.Sprintf("/proc/self/fd/%d", ns.Fd())}}
+	return loadsBalancer(options, func(b *lb.Balancer) error { return b.KeepNAT(ctx) })
 }
 
 func (m ebpfPacket) Spec(s Settings) clusters.ProxySpec {

@@ -98,7 +98,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		cfg.MinSyncPeriod = DefaultMinSyncPeriod
 	}
 	if len(cfg.Devices) > 0 {
-		cfg.LB.Packets = &lb.PacketOptions{KnowsInsiders: cfg.Local.Mode != NoLocalMode}
+		cfg.LB.Packets = &lb.PacketOptions{KnowsInsiders: cfg.Local.Mode != NoLocalMode, NetNS: cfg.NetNS}
 	}
 	balancer, err := lb.Load(cfg.LB)
 	if err != nil {

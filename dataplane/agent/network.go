@@ -106,7 +106,7 @@ func (n *network) run(ctx context.Context, started chan<- error) {
 	// Subtle: watched before they are listed, so that none is missed.
 	err := n.enter()
 	if err == nil {
-		err = lb.KeepNAT(ctx)
+		err = n.balancer.KeepNAT(ctx)
 	}
 	if err == nil {
 		err = n.watch(links, stop)

@@ -41,7 +41,7 @@ func startPacketRig(t *testing.T, objects ...runtime.Object) *packetRig {
 	r := &packetRig{rig: newRig(t, append(objects, cidr)...), node: lbtest.StartNode(t, nodeAddress)}
 	r.pod = r.node.AddPod(t, "pod-client", clientIP)
 	r.here, r.there, r.outsider = r.node.AddPod(t, "pod-here", hereIP), r.node.AddPod(t, "eth1", thereIP), r.node.AddPod(t, "eth0", outsiderIP)
-	for _, network := range []string{"tcp", "udp"} {
+	for _, network := range []string{"tcp", "udp", "sctp"} {
 		r.here.Listen(t, network, hereWeb)
 		r.there.Listen(t, network, thereWeb)
 	}
@@ -174,6 +174,16 @@ func TestPacketsReachServices(t *testing.T) {
 		late := r.node.AddPod(t, "pod-late", "10.1.0.9")
 		r.from(late).wants("tcp", http80, hereWeb)
 	})
+}
+
+// An association of SCTP begins with an endpoint, whose port is another, and is refused without.
+func TestPacketsOverSCTP(t *testing.T) {
+	r := startPacketRig(t, service(nil, port("sig", v1.ProtocolSCTP, 80)), slice("web-1", "sig", v1.ProtocolSCTP, endpoint(hereIP, thisNode), endpoint(thereIP, otherNode)))
+	r.wants("sctp", http80, hereWeb, thereWeb)
+	r.updateSlice(slice("web-1", "sig", v1.ProtocolSCTP, endpoint(thereIP, otherNode)))
+	r.wants("sctp", http80, thereWeb)
+	r.updateSlice(slice("web-1", "sig", v1.ProtocolSCTP))
+	r.wantsError("sctp", http80, unix.ECONNREFUSED)
 }
 
 // A flow of UDP goes to another endpoint when its own is gone.

@@ -495,6 +495,9 @@ func (s *syncer) prune() {
 // frontendsOf lists where a port is served: at its ClusterIP, its external and load balancers' addresses, and its NodePort on this
 // node's own address. Where packets are looked at, a ClusterIP refuses at other ports.
 func (s *syncer) frontendsOf(port proxy.ServicePort) []lb.Frontend {
+	if port.Protocol() == v1.ProtocolSCTP && s.network == nil {
+		return nil // no socket hook sees it
+	}
 	externals := append(slices.Clone(port.ExternalIPs()), port.LoadBalancerVIPs()...)
 	frontends := make([]lb.Frontend, 0, len(externals)+3)
 	if own, ok := frontendAt(port.ClusterIP(), port.Port(), port.Protocol()); ok {
@@ -526,6 +529,8 @@ func frontendAt(ip net.IP, port int, protocol v1.Protocol) (lb.Frontend, bool) {
 		number = lb.TCP
 	case v1.ProtocolUDP:
 		number = lb.UDP
+	case v1.ProtocolSCTP:
+		number = lb.SCTP
 	default:
 		return lb.Frontend{}, false
 	}

@@ -5,6 +5,7 @@ package lb
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"sync/atomic"
 	"time"
@@ -24,6 +25,10 @@ type family struct {
 	regions   *regions // which of the slots are taken
 	retired   retiredRegions
 	backends  int // of all frontends together
+	// sctp are the backends that natTable knows by their slots: of frontends over SCTP, and of former ones whose slots nobody has taken.
+	sctp map[int]netip.AddrPort
+	// place is called with backends of a frontend over SCTP before they are published.
+	place func(base int, backends []netip.AddrPort) error
 }
 
 // newFamily shares the memory of the maps with this process: writing a word is then one store that a reader sees whole or
@@ -33,7 +38,7 @@ func newFamily(options Options, keyWords, slotWords int, services, backends *ebp
 	if err != nil {
 		return nil, err
 	}
-	f := &family{options: options, slotWords: slotWords, table: newTable(memory, keyWords)}
+	f := &family{options: options, slotWords: slotWords, table: newTable(memory, keyWords), sctp: make(map[int]netip.AddrPort)}
 	if f.memory, err = shareMap(backends, protection); err != nil {
 		return nil, errors.Join(err, f.close())
 	}
@@ -75,6 +80,12 @@ func (f *family) takeOver() error {
 		}
 		f.table.count(k, 1)
 		f.backends += w.count()
+		if k.frontend().Protocol == SCTP {
+			set := f.set(e, w)
+			for i := range w.count() {
+				f.sctp[w.base()+i] = backendOf(set[i*f.slotWords : (i+1)*f.slotWords])
+			}
+		}
 	}
 	return nil
 }
@@ -124,12 +135,20 @@ func (f *family) publish(c Change, now time.Time) error {
 
 	// The new backends are written where no reader looks, and then the word that leads to them, at once.
 	inline := f.maxInline()
-	if c.Affinity.Timeout > 0 {
+	if c.Affinity.Timeout > 0 || c.Frontend.Protocol == SCTP {
 		inline = 0
 	}
 	base, err := f.room(old, len(c.Backends), inline)
 	if err != nil {
 		return err
+	}
+	if c.Frontend.Protocol == SCTP {
+		if err := f.place(base, c.Backends); err != nil {
+			if len(c.Backends) > 0 {
+				f.regions.free(regionFor(base, len(c.Backends)))
+			}
+			return err
+		}
 	}
 	w := makeWord(base, len(c.Backends), owner) | c.flags()
 	set := f.set(e, w)

@@ -10,6 +10,7 @@ package lb
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -184,6 +185,9 @@ func Load(options Options) (_ *Balancer, err error) {
 	}
 	if b.ipv6, err = newFamily(b.options, keyWords6, slotWords6, maps[socketMapServices6], maps[socketMapBackends6], protection); err != nil {
 		return nil, err
+	}
+	for _, f := range b.families() {
+		f.place = func(base int, backends []netip.AddrPort) error { return b.placeSCTP(f, base, backends) }
 	}
 	if err := errors.Join(b.ipv4.table.seed(), b.ipv6.table.seed()); err != nil {
 		return nil, err

@@ -72,6 +72,10 @@ extern void bpf_ct_release(struct nf_conn *) __ksym;
 #define NEW_TIMEOUT_MS (30 * 1000) // until conntrack sees the packet and sets its own
 #define ANY_PORT 0		    // the source port, if that can be
 
+// The mark of a packet that begins an association of SCTP: these bits, and where its backend is in the backends map.
+#define SCTP_MARK 0x60000000
+#define SCTP_MASQUERADE 0x10000000
+
 // Prefixes of addresses, those of IPv4 mapped into IPv6.
 struct prefix {
 	__u32 length;
@@ -127,6 +131,7 @@ struct packet {
 };
 
 #define FRAGMENT_OFFSET 0x1fff
+#define SCTP_INIT 1 // the chunk that begins an association
 #define ICMP_ECHO 8
 #define ICMPV6_ECHO_REQUEST 128
 #define EXTENSIONS 6 // headers of IPv6 that are looked through
@@ -159,6 +164,9 @@ static __always_inline int read_transport(struct __sk_buff *skb, __u32 offset, s
 	}
 	case IPPROTO_UDP:
 		return load(skb, offset, packet->ports, sizeof(packet->ports));
+	case IPPROTO_SCTP:
+		return load(skb, offset, packet->ports, sizeof(packet->ports)) && load(skb, offset + 12, &type, sizeof(type)) &&
+		       type == SCTP_INIT;
 	case IPPROTO_ICMP:
 	case IPPROTO_ICMPV6:
 		// Subtle: errors are about connections, and conntrack's.
@@ -332,6 +340,8 @@ static __always_inline __u32 tuple_of(const struct packet *packet, struct bpf_so
 static __always_inline int is_known(struct __sk_buff *skb, const struct packet *packet, struct bpf_sock_tuple *tuple, __u32 size)
 {
 	struct bpf_ct_opts opts = { .netns_id = THIS_NETNS, .l4proto = packet->protocol };
+	if (packet->protocol == IPPROTO_SCTP)
+		return 0;
 	struct nf_conn *conn = bpf_skb_ct_lookup(skb, tuple, size, &opts, sizeof(opts));
 
 	if (!conn)
@@ -436,6 +446,12 @@ static __always_inline int bind(struct __sk_buff *skb, const struct packet *pack
 	// A pod that is its own backend would answer itself, past conntrack.
 	if (backend.words[0] == packet->source.words[0] && backend.words[1] == packet->source.words[1])
 		masquerade = 1;
+	// Subtle: conntrack's functions for BPF refuse SCTP (net/netfilter/nf_conntrack_bpf.c), and a rule's NAT takes no address from a
+	// program, but a mark, by which nat.go's map has the backend. To an association that conntrack knows the mark means nothing.
+	if (packet->protocol == IPPROTO_SCTP) {
+		skb->mark = SCTP_MARK | (masquerade ? SCTP_MASQUERADE : 0) | flow->choice.index;
+		return TCX_NEXT;
+	}
 	if (masquerade && own_address(skb, packet, &backend, &own)) {
 		binding.source = inet_address(packet, &own);
 		binding.source_too = 1;

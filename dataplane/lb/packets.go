@@ -8,10 +8,12 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netns"
 )
 
 // PacketOptions are about packets that arrive at devices, from clients that no socket hook has seen.
@@ -19,6 +21,8 @@ type PacketOptions struct {
 	// KnowsInsiders says that clients inside the cluster can be told from those outside, by SetInsiders or by the device. Without it all
 	// are outside, and none gets an address of the node at a Service's own address.
 	KnowsInsiders bool
+	// NetNS is the file of the network namespace where the devices are. Empty is that of the process.
+	NetNS string
 }
 
 // loadPackets loads the programs for devices.
@@ -37,7 +41,7 @@ func (b *Balancer) loadPackets(spec *ebpf.CollectionSpec, maps map[string]*ebpf.
 
 // A Device is where packets come from.
 type Device struct {
-	// Index is the device's in the network namespace of the calling thread.
+	// Index is the device's in the network namespace of PacketOptions.
 	Index int
 	// Pods says that only pods of the cluster are behind it. Else it goes by addresses who is.
 	Pods bool
@@ -58,7 +62,11 @@ func (b *Balancer) AttachDevice(d Device) error {
 	if d.Pods {
 		program = b.packets.IngressPods
 	}
-	l, err := b.attachDevice(d.Index, program)
+	var l link.Link
+	err := inNetNS(b.options.Packets.NetNS, func() (err error) {
+		l, err = b.attachDevice(d.Index, program)
+		return err
+	})
 	if err != nil {
 		if errors.Is(err, ebpf.ErrNotSupported) {
 			err = fmt.Errorf("%w (Linux 6.6): %w", ErrNotSupported, err)
@@ -176,4 +184,27 @@ func (b *Balancer) SetClusterIPs(prefixes []netip.Prefix) error {
 		return fmt.Errorf("addresses of Services: %w", err)
 	}
 	return nil
+}
+
+// inNetNS calls f on a thread in the network namespace of that file, or on the calling one if there is none.
+func inNetNS(file string, f func() error) error {
+	if file == "" {
+		return f()
+	}
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with this goroutine
+		ns, err := netns.GetFromPath(file)
+		if err != nil {
+			done <- fmt.Errorf("open the network namespace %s: %w", file, err)
+			return
+		}
+		defer ns.Close()
+		if err := netns.Set(ns); err != nil {
+			done <- fmt.Errorf("enter the network namespace %s: %w", file, err)
+			return
+		}
+		done <- f()
+	}()
+	return <-done
 }

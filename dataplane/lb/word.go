@@ -13,8 +13,9 @@ type Protocol uint8
 
 // The protocols that are carried.
 const (
-	TCP Protocol = 6
-	UDP Protocol = 17
+	TCP  Protocol = 6
+	UDP  Protocol = 17
+	SCTP Protocol = 132 // packets only
 )
 
 // A Scope says to whom a Frontend is what it is.
@@ -38,6 +39,8 @@ func (p Protocol) String() string {
 		return "tcp"
 	case UDP:
 		return "udp"
+	case SCTP:
+		return "sctp"
 	}
 	return fmt.Sprintf("protocol %d", uint8(p))
 }

@@ -188,7 +188,7 @@ func (p *Pod) AddAddress(tb testing.TB, cidr string) {
 	p.do(tb, "AddAddress", cidr, nil)
 }
 
-// Listen serves network ("tcp" or "udp") at address until the test ends. Who connects, and for UDP sends, is answered
+// Listen serves network ("tcp", "udp" or "sctp", of which there is only the beginning) at address until the test ends. Who connects, and for UDP sends, is answered
 // with the address and with its own.
 func (p *Pod) Listen(tb testing.TB, network, address string) {
 	tb.Helper()

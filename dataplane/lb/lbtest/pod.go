@@ -87,6 +87,9 @@ func (*Orders) AddAddress(cidr string, _ *struct{}) error {
 
 // Listen is the order of the same name.
 func (*Orders) Listen(t Target, _ *struct{}) error {
+	if t.Network == "sctp" {
+		return listenSCTP(t.Address)
+	}
 	if t.Network == "udp" {
 		conn, err := net.ListenPacket(t.Network, t.Address)
 		if err != nil {
@@ -99,7 +102,7 @@ func (*Orders) Listen(t Target, _ *struct{}) error {
 				if err != nil {
 					return
 				}
-				conn.WriteTo(answerTo(from, t.Address), from) // a lost answer is the client's error
+				conn.WriteTo(answerTo(from.String(), t.Address), from) // a lost answer is the client's error
 			}
 		}()
 		return nil
@@ -114,20 +117,19 @@ func (*Orders) Listen(t Target, _ *struct{}) error {
 			if err != nil {
 				return
 			}
-			conn.Write(answerTo(conn.RemoteAddr(), t.Address)) // a lost answer is the client's error
+			conn.Write(answerTo(conn.RemoteAddr().String(), t.Address)) // a lost answer is the client's error
 			conn.Close()
 		}
 	}()
 	return nil
 }
 
-// answerTo is what a server says.
-func answerTo(client net.Addr, server string) []byte {
-	host, _, err := net.SplitHostPort(client.String())
-	if err != nil {
-		host = err.Error()
+// answerTo is what a server says to a client.
+func answerTo(client, server string) []byte {
+	if host, _, err := net.SplitHostPort(client); err == nil {
+		client = host
 	}
-	return []byte(server + " " + host)
+	return []byte(server + " " + client)
 }
 
 // Connect is the order of the same name.
@@ -270,6 +272,9 @@ func (t Target) ask() (said, error) {
 	wait := t.Patience
 	if wait == 0 {
 		wait = patience
+	}
+	if t.Network == "sctp" {
+		return askSCTP(t.Address, wait)
 	}
 	conn, err := dial(t.Network, t.Address, wait)
 	if err != nil {
