@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -24,7 +25,7 @@ import (
 func newAgentCommand() *cobra.Command {
 	var kubeconfig, localMode, bridge, prefix string
 	var podCIDRs []string
-	var sockets bool
+	var sockets, cleanup bool
 	var verbosity int
 	cfg := agent.Config{}
 	cmd := &cobra.Command{
@@ -43,6 +44,9 @@ folder is deleted.`,
 			}
 			if err := setLogVerbosity(verbosity); err != nil {
 				return err
+			}
+			if cleanup {
+				return cleanUp(cmd.Context(), cfg)
 			}
 			if !sockets {
 				cfg.Cgroup = ""
@@ -73,6 +77,8 @@ folder is deleted.`,
 	flags.StringVar(&prefix, "pod-interface-name-prefix", "", "`prefix` of the names of the pods' devices, for InterfaceNamePrefix")
 	flags.BoolVar(&cfg.MasqueradeAll, "masquerade-all", false, "have all endpoints see an address of the node instead of the client's, where packets are translated")
 	flags.StringVar(&cfg.LB.PinDir, "pin-dir", "", "`folder` on a bpffs that keeps maps and link while no agent runs; empty: none")
+	flags.StringVar(&cfg.Snapshot, "snapshot", "", "`file` from which Services are served after a reboot until the API server answers; empty: none")
+	flags.BoolVar(&cleanup, "cleanup", false, "remove all that agents left on this node, by --pin-dir and --snapshot and in nftables, and end")
 	flags.DurationVar(&cfg.MinSyncPeriod, "min-sync-period", agent.DefaultMinSyncPeriod, "least time between two syncs")
 	flags.StringVar(&cfg.HealthzBindAddress, "healthz-bind-address", agent.DefaultHealthzBindAddress, "`address:port` of /healthz and /livez; empty: none")
 	flags.StringVar(&cfg.MetricsBindAddress, "metrics-bind-address", agent.DefaultMetricsBindAddress, "`address:port` of /metrics; empty: none")
@@ -99,6 +105,17 @@ func agentCgroup(asked string) (string, error) {
 		return "", fmt.Errorf("name the processes that shall see Services: --cgroup=%s/FOLDER", mount)
 	}
 	return mount, nil
+}
+
+// cleanUp removes what agents with this configuration left on the node. It says nothing where there is nothing.
+func cleanUp(ctx context.Context, cfg agent.Config) error {
+	err := lb.Cleanup(ctx, cfg.LB.PinDir, "")
+	if cfg.Snapshot != "" {
+		if gone := os.Remove(cfg.Snapshot); !errors.Is(gone, os.ErrNotExist) {
+			err = errors.Join(err, gone)
+		}
+	}
+	return err
 }
 
 // agentLocal is how clients inside the cluster are known, by flags with the names and meanings of kube-proxy's.

@@ -63,6 +63,8 @@ type Config struct {
 	MinSyncPeriod time.Duration
 	// HealthzBindAddress and MetricsBindAddress are where HTTP is served, as "address:port". Empty means nowhere.
 	HealthzBindAddress, MetricsBindAddress string
+	// Snapshot is the file from which Services are served after a reboot, until the API server answers. Empty keeps none.
+	Snapshot string
 	// LB sizes the maps and says where they are pinned.
 	LB lb.Options
 }
@@ -97,6 +99,11 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if cfg.MinSyncPeriod == 0 {
 		cfg.MinSyncPeriod = DefaultMinSyncPeriod
 	}
+	held, err := lockNode(cfg)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, held.close()) }()
 	if len(cfg.Devices) > 0 {
 		cfg.LB.Packets = &lb.PacketOptions{KnowsInsiders: cfg.Local.Mode != NoLocalMode, NetNS: cfg.NetNS}
 	}
@@ -105,6 +112,9 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, balancer.Close()) }()
+	if cfg.Snapshot != "" {
+		restore(balancer, cfg.Snapshot, cfg.NodeName)
+	}
 	if cfg.Cgroup != "" {
 		if err := balancer.Attach(cfg.Cgroup); err != nil {
 			return err
@@ -124,12 +134,16 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	nodes, services, slices, cidrs := nodeFactory(cfg), serviceFactory(cfg), sliceFactory(cfg), informers.NewSharedInformerFactory(cfg.Client, 0)
 	node := nodes.Core().V1().Nodes()
 	status := newStatus(balancer, node.Lister(), cfg.NodeName)
+	var save *saver
+	if cfg.Snapshot != "" {
+		save = newSaver(cfg, balancer, status)
+	}
 	var syncers []*syncer
 	families := []v1.IPFamily{v1.IPv4Protocol, v1.IPv6Protocol}
 	var unsynced atomic.Int32
 	unsynced.Store(int32(len(families)))
 	for _, family := range families {
-		syncers = append(syncers, newSyncer(cfg, family, balancer, network, status, func() {
+		syncers = append(syncers, newSyncer(cfg, family, balancer, network, status, save, func() {
 			if unsynced.Add(-1) > 0 {
 				return
 			}
@@ -179,6 +193,9 @@ func Run(ctx context.Context, cfg Config) (err error) {
 			<-ctx.Done()
 			factory.Shutdown()
 		})
+	}
+	if save != nil {
+		watches.Go(func() { save.run(ctx) })
 	}
 	watches.Go(func() { serviceConfig.Run(ctx.Done()) })
 	watches.Go(func() { sliceConfig.Run(ctx.Done()) })

@@ -11,8 +11,10 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -81,8 +83,8 @@ func (r *rig) start(options lb.Options) {
 	r.run(agent.Config{Cgroup: r.pod.Cgroup, LB: options})
 }
 
-// run runs an agent that is so.
-func (r *rig) run(cfg agent.Config) {
+// run runs an agent that is so, until the test ends or end is called.
+func (r *rig) run(cfg agent.Config) (end func()) {
 	r.Helper()
 	options := cfg.LB
 	if options.PinDir = ""; len(cfg.Devices) > 0 {
@@ -95,12 +97,14 @@ func (r *rig) run(cfg agent.Config) {
 	ctx, cancel := context.WithCancel(r.Context())
 	done := make(chan error, 1)
 	go func() { done <- agent.Run(ctx, cfg) }()
-	r.Cleanup(func() {
+	end = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
 			r.Errorf("agent: %v", err)
 		}
 	})
+	r.Cleanup(end)
+	return end
 }
 
 func mustLoad(t *testing.T, options lb.Options) *lb.Balancer {
@@ -494,6 +498,42 @@ func TestRestart(t *testing.T) {
 	close(answer)
 	r.wants("tcp", http80, two+":8080")
 	r.wantsError("tcp", stale, unix.ENETUNREACH)
+}
+
+// After a reboot nothing is pinned. Services are then served by the snapshot before the API server answers, and by what it says after.
+func TestReboot(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "snapshot")
+	r := newRig(t, service(nil, port("http", v1.ProtocolTCP, 80)), slice("web-1", "http", v1.ProtocolTCP, endpoint(one, thisNode)))
+	end := r.run(agent.Config{Cgroup: r.pod.Cgroup, Snapshot: file})
+	r.wants("tcp", http80, one+":8080")
+	end()
+	r.wantsError("tcp", http80, unix.ENETUNREACH)
+
+	r.updateSlice(slice("web-1", "http", v1.ProtocolTCP, endpoint(two, thisNode)))
+	answer := make(chan struct{})
+	r.client.PrependReactor("list", "*", func(k8stesting.Action) (bool, runtime.Object, error) {
+		<-answer
+		return false, nil, nil
+	})
+	r.run(agent.Config{Cgroup: r.pod.Cgroup, Snapshot: file})
+	r.wants("tcp", http80, one+":8080")
+	close(answer)
+	r.wants("tcp", http80, two+":8080")
+}
+
+// A second agent on a node says so and ends; the first one goes on.
+func TestOneAgentANode(t *testing.T) {
+	pins := lbtest.MountBPF(t)
+	r := newRig(t, service(nil, port("http", v1.ProtocolTCP, 80)), slice("web-1", "http", v1.ProtocolTCP, endpoint(one, thisNode)))
+	r.run(agent.Config{Cgroup: r.pod.Cgroup, LB: lb.Options{PinDir: pins}})
+	r.wants("tcp", http80, one+":8080")
+	for _, cfg := range []agent.Config{{Cgroup: r.pod.Cgroup}, {Cgroup: lbtest.NewCgroup(t), LB: lb.Options{PinDir: pins}}} {
+		cfg.Client, cfg.NodeName = r.client, thisNode
+		if err := agent.Run(t.Context(), cfg); !errors.Is(err, agent.ErrOtherAgent) {
+			t.Errorf("want ErrOtherAgent, got %v", err)
+		}
+	}
+	r.wants("tcp", http80, one+":8080")
 }
 
 func TestRunRefuses(t *testing.T) {

@@ -40,10 +40,11 @@ var registerPartial = sync.OnceFunc(func() {
 
 // A status tells over HTTP how the agent does: health as kube-proxy's :10256, metrics as its :10249.
 type status struct {
-	health     *healthcheck.ProxyHealthServer
-	registry   metrics.KubeRegistry
-	syncErrors *metrics.Counter
-	contested  *metrics.GaugeVec
+	health         *healthcheck.ProxyHealthServer
+	registry       metrics.KubeRegistry
+	syncErrors     *metrics.Counter
+	snapshotErrors *metrics.Counter
+	contested      *metrics.GaugeVec
 }
 
 // newStatus registers kube-proxy's metrics under their own names, and the load balancer's.
@@ -57,12 +58,16 @@ func newStatus(balancer *lb.Balancer, nodes corelisters.NodeLister, nodeName str
 			Name: "plimsoll_lb_sync_errors_total",
 			Help: "Changes of frontends that could not be made, each try counted",
 		}),
+		snapshotErrors: metrics.NewCounter(&metrics.CounterOpts{
+			Name: "plimsoll_lb_snapshot_errors_total",
+			Help: "Snapshots for the next reboot that could not be written",
+		}),
 		contested: metrics.NewGaugeVec(&metrics.GaugeOpts{
 			Name: "plimsoll_lb_contested_frontends",
 			Help: "Frontends that several Service ports want, of which the first by name has it",
 		}, []string{"ip_family"}),
 	}
-	s.registry.MustRegister(s.syncErrors, s.contested)
+	s.registry.MustRegister(s.syncErrors, s.snapshotErrors, s.contested)
 	gauge := func(name, help string, labels map[string]string, value func(lb.Counts) int) {
 		for family, counts := range map[v1.IPFamily]func() lb.Counts{
 			v1.IPv4Protocol: func() lb.Counts { c, _ := balancer.Counts(); return c },

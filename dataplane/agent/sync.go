@@ -35,6 +35,7 @@ type syncer struct {
 	balancer   *lb.Balancer
 	network    *network // nil where no packets are looked at
 	masquerade bool     // all
+	save       *saver   // nil where no snapshot is kept
 	status     *status
 	runner     *runner.BoundedFrequencyRunner
 	complete   func()
@@ -69,13 +70,14 @@ var (
 const internal, external = "internal", "external"
 
 // newSyncer makes one that calls complete once, when all that it has seen first is carried, as far as that can be.
-func newSyncer(cfg Config, family v1.IPFamily, balancer *lb.Balancer, network *network, status *status, complete func()) *syncer {
+func newSyncer(cfg Config, family v1.IPFamily, balancer *lb.Balancer, network *network, status *status, save *saver, complete func()) *syncer {
 	s := &syncer{
 		family:      family,
 		nodeName:    cfg.NodeName,
 		balancer:    balancer,
 		network:     network,
 		masquerade:  cfg.MasqueradeAll,
+		save:        save,
 		status:      status,
 		unsynced:    3,
 		ports:       make(proxy.ServicePortMap),
@@ -311,6 +313,9 @@ func (s *syncer) sync() error {
 	err := s.balancer.Sync(changes)
 	s.settle(err)
 	s.complete()
+	if len(changes) > 0 {
+		s.save.note()
+	}
 	if len(s.udp) > 0 {
 		s.network.cleanUDP(s.family, s.udp, s.endpointsOf)
 		s.udp = make(proxy.ServicePortMap)

@@ -82,7 +82,11 @@ func dump(services, backends string, keyWords, slotWords int) (all []Change, err
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, f.close()) }()
+	return f.dump()
+}
 
+// dump lists what is published.
+func (f *family) dump() (all []Change, err error) {
 	for k, e := range f.table.all() {
 		change, ok := f.read(k, e)
 		if !ok {

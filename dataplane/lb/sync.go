@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"iter"
 	"net/netip"
+	"slices"
 	"time"
 )
 
@@ -96,15 +97,21 @@ func (b *Balancer) change(c Change, now time.Time) error {
 	if err := c.check(); err != nil {
 		return err
 	}
-	// Who is admitted is known before the frontend is, and forgotten after.
-	if err := b.ranges.add(c.Frontend, c.Ranges); err != nil {
-		return err
-	}
+	// A mapped address is the same frontend.
+	c.Frontend.Address = netip.AddrPortFrom(c.Frontend.Address.Addr().Unmap(), c.Frontend.Address.Port())
 	f := b.familyOf(c.Frontend)
 	if c.Withdraw {
 		f.withdraw(c, now)
-	} else if err := f.publish(c, now); err != nil {
-		return err
+		return b.ranges.keep(c.Frontend, nil)
+	}
+	// Who is admitted is known before the frontend is, and forgotten after.
+	before := slices.Clone(b.ranges.of[c.Frontend])
+	err := b.ranges.add(c.Frontend, c.Ranges)
+	if err == nil {
+		err = f.publish(c, now)
+	}
+	if err != nil {
+		return errors.Join(err, b.ranges.keep(c.Frontend, before))
 	}
 	return b.ranges.keep(c.Frontend, c.Ranges)
 }
@@ -125,6 +132,27 @@ func (b *Balancer) Frontends() iter.Seq[Frontend] {
 			}
 		}
 	}
+}
+
+// Changes lists the changes by which an empty Balancer would hold what this one does, in no order.
+func (b *Balancer) Changes() ([]Change, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	var all []Change
+	for _, f := range b.families() {
+		if f.table.used == 0 {
+			continue
+		}
+		changes, err := f.dump()
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, changes...)
+	}
+	for i := range all {
+		all[i].Ranges = slices.Clone(b.ranges.of[all[i].Frontend])
+	}
+	return all, nil
 }
 
 func (b *Balancer) familyOf(f Frontend) *family {

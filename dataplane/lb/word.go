@@ -4,6 +4,7 @@ package lb
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
 )
@@ -75,11 +76,16 @@ func (f Frontend) String() string {
 }
 
 func (f Frontend) check() error {
-	if f.Scope != Rest {
+	switch {
+	case f.Scope > Rest:
+		return fmt.Errorf("scope %d does not exist", uint8(f.Scope))
+	case f.Scope != Rest && f.Protocol != TCP && f.Protocol != UDP && f.Protocol != SCTP:
+		return errors.New("want TCP, UDP or SCTP")
+	case f.Scope != Rest:
 		return checkAddress("frontend", f.Address)
 	}
 	if !IsHost(f.Address.Addr()) || f.Address.Port() != 0 || f.Protocol != 0 {
-		return fmt.Errorf("frontend %v: want the address of a host, and neither port nor protocol", f)
+		return errors.New("want the address of a host, and neither port nor protocol")
 	}
 	return nil
 }

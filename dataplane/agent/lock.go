@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrOtherAgent is wrapped by Run's error where another agent is at work on the same cgroup, devices or pins.
+var ErrOtherAgent = errors.New("another agent is on this node: end it first")
+
+// locks are files that one agent at a time may hold: the kernel lets go of them when the process ends, however it does.
+type locks []*os.File
+
+// lockNode has this agent be the only one on its cgroup, its devices' network namespace and its pins.
+func lockNode(cfg Config) (_ locks, err error) {
+	var held locks
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, held.close())
+		}
+	}()
+	paths := map[string]string{"cgroup": cfg.Cgroup, "pin folder": cfg.LB.PinDir}
+	if len(cfg.Devices) > 0 {
+		if paths["network namespace"] = cfg.NetNS; cfg.NetNS == "" {
+			paths["network namespace"] = "/proc/self/ns/net"
+		}
+	}
+	for what, path := range paths {
+		if path == "" {
+			continue
+		}
+		if what == "pin folder" {
+			if err := os.MkdirAll(path, 0o700); err != nil {
+				return held, fmt.Errorf("agent: %s: %w", what, err)
+			}
+		}
+		file, err := os.Open(path)
+		if err != nil {
+			return held, fmt.Errorf("agent: %s: %w", what, err)
+		}
+		held = append(held, file)
+		if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+			return held, fmt.Errorf("agent: %s %s: %w", what, path, ErrOtherAgent)
+		} else if err != nil {
+			return held, fmt.Errorf("agent: lock the %s %s: %w", what, path, err)
+		}
+	}
+	return held, nil
+}
+
+func (l locks) close() error {
+	var errs []error
+	for _, file := range l {
+		errs = append(errs, file.Close())
+	}
+	return errors.Join(errs...)
+}
