@@ -3,7 +3,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -46,7 +45,7 @@ folder is deleted.`,
 				return err
 			}
 			if cleanup {
-				return cleanUp(cmd.Context(), cfg)
+				return agent.Cleanup(cmd.Context(), cfg)
 			}
 			if !sockets {
 				cfg.Cgroup = ""
@@ -105,17 +104,6 @@ func agentCgroup(asked string) (string, error) {
 		return "", fmt.Errorf("name the processes that shall see Services: --cgroup=%s/FOLDER", mount)
 	}
 	return mount, nil
-}
-
-// cleanUp removes what agents with this configuration left on the node. It says nothing where there is nothing.
-func cleanUp(ctx context.Context, cfg agent.Config) error {
-	err := lb.Cleanup(ctx, cfg.LB.PinDir, "")
-	if cfg.Snapshot != "" {
-		if gone := os.Remove(cfg.Snapshot); !errors.Is(gone, os.ErrNotExist) {
-			err = errors.Join(err, gone)
-		}
-	}
-	return err
 }
 
 // agentLocal is how clients inside the cluster are known, by flags with the names and meanings of kube-proxy's.

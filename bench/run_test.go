@@ -22,6 +22,7 @@ import (
 	"github.com/plimsoll-bench/plimsoll/clusters"
 	"github.com/plimsoll-bench/plimsoll/clusters/host"
 	"github.com/plimsoll-bench/plimsoll/clusters/lab/labtest"
+	"github.com/plimsoll-bench/plimsoll/dataplane/lb/lbtest"
 	"github.com/plimsoll-bench/plimsoll/scenarios"
 )
 
@@ -31,7 +32,7 @@ func TestMain(m *testing.M) {
 		main()
 		return
 	}
-	os.Exit(m.Run())
+	lbtest.Main(m)
 }
 
 // mustRun runs the program and returns what it printed to standard output and to standard error.

@@ -3,11 +3,14 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/plimsoll-bench/plimsoll/dataplane/lb"
 )
 
 // ErrOtherAgent is wrapped by Run's error where another agent is at work on the same cgroup, devices or pins.
@@ -59,4 +62,21 @@ func (l locks) close() error {
 		errs = append(errs, file.Close())
 	}
 	return errors.Join(errs...)
+}
+
+// Cleanup removes what agents with this configuration left on the node: pins, the nftables table and the snapshot. It does nothing while
+// one of them is at work, which ErrOtherAgent says. What is not there is none to remove.
+func Cleanup(ctx context.Context, cfg Config) error {
+	cfg.Cgroup, cfg.Devices = "", []string{"*"} // the table is of the network namespace, whatever the devices were
+	held, err := lockNode(cfg)
+	if err != nil {
+		return err
+	}
+	err = lb.Cleanup(ctx, cfg.LB.PinDir, cfg.NetNS)
+	if cfg.Snapshot != "" {
+		if gone := os.Remove(cfg.Snapshot); !errors.Is(gone, os.ErrNotExist) {
+			err = errors.Join(err, gone)
+		}
+	}
+	return errors.Join(err, held.close())
 }

@@ -9,6 +9,7 @@
 #include "services.h"
 
 #include <linux/if_ether.h>
+#include <linux/if_packet.h>
 #include <linux/ip.h>
 #include <linux/ipv6.h>
 #include <linux/tcp.h>
@@ -68,7 +69,8 @@ extern void bpf_ct_release(struct nf_conn *) __ksym;
 #define THIS_NETNS -1		    // BPF_F_CURRENT_NETNS
 #define DIR_ORIGINAL 0		    // IP_CT_DIR_ORIGINAL
 #define STATUS_DST_NAT (1UL << 5)   // IPS_DST_NAT
-#define TCP_STATE_TIME_WAIT 7	    // TCP_CONNTRACK_TIME_WAIT; after it comes only CLOSE
+#define TCP_STATE_TIME_WAIT 7	    // TCP_CONNTRACK_TIME_WAIT
+#define TCP_STATE_CLOSE 8	    // TCP_CONNTRACK_CLOSE
 #define NEW_TIMEOUT_MS (30 * 1000) // until conntrack sees the packet and sets its own
 #define ANY_PORT 0		    // the source port, if that can be
 
@@ -126,11 +128,12 @@ struct packet {
 	__u8 protocol;
 	__u8 is_ipv6;
 	__u8 tos;
-	__u8 is_first; // of a connection, as far as its own header tells
-	__u8 is_echo;  // ICMP that asks for an echo
+	__u8 is_echo; // ICMP that asks for an echo
+	__u32 end;    // what is behind it is no part of the packet, but padding of Ethernet
 };
 
 #define FRAGMENT_OFFSET 0x1fff
+#define VLAN_ID 0xfff
 #define SCTP_INIT 1 // the chunk that begins an association
 #define ICMP_ECHO 8
 #define ICMPV6_ECHO_REQUEST 128
@@ -148,6 +151,12 @@ static __always_inline union address6 mapped(__be32 address)
 	return all;
 }
 
+// load_of loads what is of a packet.
+static __always_inline int load_of(struct __sk_buff *skb, const struct packet *packet, __u32 offset, void *to, __u32 size)
+{
+	return offset + size <= packet->end && load(skb, offset, to, size);
+}
+
 // read_transport reads what is behind the headers of IP. It returns false for what belongs to no Service.
 static __always_inline int read_transport(struct __sk_buff *skb, __u32 offset, struct packet *packet)
 {
@@ -158,22 +167,21 @@ static __always_inline int read_transport(struct __sk_buff *skb, __u32 offset, s
 		__u8 flags;
 
 		// Only the first packet of a connection is looked at: of the others conntrack knows.
-		if (!load(skb, offset, packet->ports, sizeof(packet->ports)) || !load(skb, offset + 13, &flags, sizeof(flags)))
+		if (!load_of(skb, packet, offset, packet->ports, sizeof(packet->ports)) ||
+		    !load_of(skb, packet, offset + 13, &flags, sizeof(flags)))
 			return 0;
 		return (flags & 0x17) == 0x02; // SYN, and neither FIN, RST nor ACK
 	}
 	case IPPROTO_UDP:
-		return load(skb, offset, packet->ports, sizeof(packet->ports));
+		return load_of(skb, packet, offset, packet->ports, sizeof(packet->ports));
 	case IPPROTO_SCTP:
-		return load(skb, offset, packet->ports, sizeof(packet->ports)) && load(skb, offset + 12, &type, sizeof(type)) &&
-		       type == SCTP_INIT;
-	case IPPROTO_ICMP:
-	case IPPROTO_ICMPV6:
-		// Subtle: errors are about connections, and conntrack's.
-		packet->is_echo = 1;
-		return load(skb, offset, &type, sizeof(type)) && type == (packet->is_ipv6 ? ICMPV6_ECHO_REQUEST : ICMP_ECHO);
+		return load_of(skb, packet, offset, packet->ports, sizeof(packet->ports)) &&
+		       load_of(skb, packet, offset + 12, &type, sizeof(type)) && type == SCTP_INIT;
 	}
-	return 0;
+	// Subtle: errors are about connections, and conntrack's.
+	packet->is_echo = 1;
+	return packet->protocol == (packet->is_ipv6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP) &&
+	       load_of(skb, packet, offset, &type, sizeof(type)) && type == (packet->is_ipv6 ? ICMPV6_ECHO_REQUEST : ICMP_ECHO);
 }
 
 static __always_inline int read4(struct __sk_buff *skb, struct packet *packet)
@@ -189,6 +197,7 @@ static __always_inline int read4(struct __sk_buff *skb, struct packet *packet)
 	packet->destination = mapped(ip.daddr);
 	packet->protocol = ip.protocol;
 	packet->tos = ip.tos;
+	packet->end = bpf_ntohs(ip.tot_len);
 	return read_transport(skb, ip.ihl * 4, packet);
 }
 
@@ -201,9 +210,13 @@ static __always_inline int read6(struct __sk_buff *skb, struct packet *packet)
 		return 0;
 	__builtin_memcpy(&packet->source, &ip.saddr, sizeof(packet->source));
 	__builtin_memcpy(&packet->destination, &ip.daddr, sizeof(packet->destination));
+	// No host has an address of IPv4 on the wire of IPv6 (RFC 4038, section 4.2).
+	if (is_mapped(&packet->source) || is_mapped(&packet->destination))
+		return 0;
 	packet->protocol = ip.nexthdr;
 	packet->is_ipv6 = 1;
-	for (int i = 0; i < EXTENSIONS; i++) {
+	packet->end = sizeof(ip) + bpf_ntohs(ip.payload_len);
+	for (int i = 0; i <= EXTENSIONS; i++) {
 		struct {
 			__u8 next, length;
 			__be16 fragment;
@@ -218,7 +231,7 @@ static __always_inline int read6(struct __sk_buff *skb, struct packet *packet)
 		default:
 			return read_transport(skb, offset, packet);
 		}
-		if (!load(skb, offset, &header, sizeof(header)))
+		if (!load_of(skb, packet, offset, &header, sizeof(header)))
 			return 0;
 		if (packet->protocol != IPPROTO_FRAGMENT)
 			offset += (header.length + 1) * 8;
@@ -275,6 +288,10 @@ static __always_inline void set_key(struct flow *flow, const struct packet *pack
 VERIFIED_ALONE int read_packet(struct __sk_buff *skb, struct packet *packet)
 {
 	if (!packet)
+		return 0;
+	// A device sees more than is for the node: what a switch sends to all, what a bridge passes on, what is of a VLAN. Of the latter
+	// two the bridge's and the VLAN's own device sees again what is.
+	if (skb->pkt_type != PACKET_HOST || skb->vlan_tci & VLAN_ID)
 		return 0;
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		return read4(skb, packet);
@@ -346,9 +363,9 @@ static __always_inline int is_known(struct __sk_buff *skb, const struct packet *
 
 	if (!conn)
 		return 0;
-	int known = opts.dir != DIR_ORIGINAL ||
-		    (conn->status & STATUS_DST_NAT &&
-		     (packet->protocol != IPPROTO_TCP || conn->proto.tcp.state < TCP_STATE_TIME_WAIT));
+	int is_over = packet->protocol == IPPROTO_TCP &&
+		      (conn->proto.tcp.state == TCP_STATE_TIME_WAIT || conn->proto.tcp.state == TCP_STATE_CLOSE);
+	int known = opts.dir != DIR_ORIGINAL || (conn->status & STATUS_DST_NAT && !is_over);
 	if (!known)
 		bpf_ct_change_timeout(conn, 0);
 	bpf_ct_release(conn);

@@ -295,6 +295,11 @@ union address6 {
 	__u64 words[2];
 };
 
+static __always_inline int is_mapped(const union address6 *address)
+{
+	return !address->words[0] && address->parts[2] == bpf_htonl(0xffff);
+}
+
 // An admission tells whether a frontend with RANGES is for a client.
 typedef int admission(const struct flow *flow, const union address6 *client);
 

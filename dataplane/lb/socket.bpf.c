@@ -178,11 +178,6 @@ static __always_inline union address6 address6_of(struct bpf_sock_addr *ctx)
 	return address;
 }
 
-static __always_inline int is_mapped(const union address6 *address)
-{
-	return !address->words[0] && address->parts[2] == bpf_htonl(0xffff);
-}
-
 static __always_inline void set_address6(struct bpf_sock_addr *ctx, const union address6 *address)
 {
 	ctx->user_ip6[0] = address->parts[0];

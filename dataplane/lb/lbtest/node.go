@@ -117,6 +117,9 @@ func setUp(h *netlink.Handle, name string) (netlink.Link, error) {
 	return link, h.LinkSetUp(link)
 }
 
+// PID is the pod's process.
+func (p *Pod) PID() int { return p.pid }
+
 // NetNS is the file of the pod's network namespace.
 func (p *Pod) NetNS() string { return fmt.Sprintf("/proc/%d/ns/net", p.pid) }
 
