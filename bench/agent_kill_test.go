@@ -55,8 +55,8 @@ func TestAgentIsKilledAndNoConnectFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer ns.Close()
-	foreign := func(verb string) error { return exec.Command("nft", verb, "table", "ip", "foreign").Run() }
-	if err := ns.Do(func() error { return foreign("add") }); err != nil {
+	// What kube-proxy left is not the agent's to remove.
+	if err := ns.Do(exec.Command("nft", "add", "table", "ip", "kube-proxy").Run); err != nil {
 		t.Fatal(err)
 	}
 	api, kubeconfig := mustAPI(t, bin, ns)
@@ -106,14 +106,30 @@ func TestAgentIsKilledAndNoConnectFails(t *testing.T) {
 		}
 	}
 
-	cleanup := func() (string, error) {
+	plimsoll := func(args ...string) (string, error) {
 		var said []byte
 		err := ns.Do(func() (err error) {
-			said, err = exec.Command(agent.Path, "agent", "--cleanup", "--pin-dir", pins, "--snapshot", snapshot).CombinedOutput()
+			said, err = exec.Command(agent.Path, args...).CombinedOutput()
 			return err
 		})
 		return string(said), err
 	}
+	cleanup := func() (string, error) {
+		return plimsoll("agent", "--cleanup", "--pin-dir", pins, "--snapshot", snapshot)
+	}
+	status := func() error {
+		said, err := plimsoll("status", "--address", agentMetrics)
+		for _, want := range []string{"True", "connect4", "tcx ingress at backend0 backend1 client", "2 ClusterIP", "kube-proxy's rules are still there: nftables: table ip kube-proxy"} {
+			if err == nil && !strings.Contains(said, want) {
+				err = fmt.Errorf("it does not say %q", want)
+			}
+		}
+		if err != nil {
+			return fmt.Errorf("status: %w: %s", err, said)
+		}
+		return nil
+	}
+	eventually(t, "the status of an agent that does all", status)
 	if said, err := cleanup(); err == nil || !strings.Contains(said, "another agent is on this node") {
 		t.Errorf("cleaned up beside an agent at work: %v, %s", err, said)
 	}
@@ -121,6 +137,9 @@ func TestAgentIsKilledAndNoConnectFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	agent.Wait()
+	if said, err := plimsoll("status", "--address", agentMetrics); err == nil || !strings.Contains(said, "KubeProxyReplacement: False: no agent answers at "+agentMetrics) {
+		t.Errorf("the status of no agent: %v, %s", err, said)
+	}
 	for range 2 { // the second time there is nothing left to clean up
 		if said, err := cleanup(); err != nil || said != "" {
 			t.Errorf("clean up: %v, %s", err, said)
@@ -141,7 +160,7 @@ func TestAgentIsKilledAndNoConnectFails(t *testing.T) {
 	}
 	err = ns.Do(func() error {
 		tables, err := exec.Command("nft", "list", "tables").Output()
-		if string(tables) != "table ip foreign\n" {
+		if string(tables) != "table ip kube-proxy\n" {
 			t.Errorf("want another's table alone, got %q", tables)
 		}
 		return err

@@ -85,7 +85,7 @@ func run(ctx context.Context, stdout, stderr io.Writer, args []string) error {
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.AddCommand(newRunCommand(), newReportCommand(), newCompareCommand(), newListCommand(), newDoctorCommand(), newCleanCommand(),
-		newAgentCommand(), newDumpCommand(), newEngineCommand(), newEngineHoldCommand(), newPodServerCommand(), newPodClientCommand(), newPodWaitCommand())
+		newAgentCommand(), newStatusCommand(), newDumpCommand(), newEngineCommand(), newEngineHoldCommand(), newPodServerCommand(), newPodClientCommand(), newPodWaitCommand())
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetOut(stdout)
 	root.SetErr(stderr)

@@ -28,7 +28,7 @@ import (
 
 // TestMain makes the test binary the program that runs inside pods.
 func TestMain(m *testing.M) {
-	if len(os.Args) > 1 && slices.Contains([]string{"run", "agent", scenarios.ServerCommand, scenarios.ClientCommand}, os.Args[1]) {
+	if len(os.Args) > 1 && slices.Contains([]string{"run", "agent", "status", scenarios.ServerCommand, scenarios.ClientCommand}, os.Args[1]) {
 		main()
 		return
 	}

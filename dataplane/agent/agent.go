@@ -154,7 +154,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	}
 
 	failed := make(chan error, 1)
-	servers, err := status.serve(cfg, failed)
+	servers, err := status.serve(cfg, &reporter{cfg, balancer, network, status, syncers}, failed)
 	if err != nil {
 		return err
 	}

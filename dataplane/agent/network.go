@@ -6,9 +6,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"path"
 	"runtime"
+	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -70,7 +72,7 @@ type network struct {
 	balancer *lb.Balancer
 	work     chan func()
 	done     chan struct{}
-	attached map[int]bool // of the thread's own
+	attached map[int]string // names of devices by index; of the thread's own
 }
 
 var (
@@ -80,7 +82,7 @@ var (
 
 // startNetwork attaches the packet programs to the devices that are there, and to those that come until ctx ends.
 func startNetwork(ctx context.Context, cfg Config, balancer *lb.Balancer) (*network, error) {
-	n := &network{cfg: cfg, balancer: balancer, work: make(chan func()), done: make(chan struct{}), attached: make(map[int]bool)}
+	n := &network{cfg: cfg, balancer: balancer, work: make(chan func()), done: make(chan struct{}), attached: make(map[int]string)}
 	if cfg.Local.Mode == ClusterCIDR {
 		if err := balancer.SetInsiders(cfg.Local.CIDRs); err != nil {
 			return nil, err
@@ -201,7 +203,7 @@ func (n *network) linkChanged(update netlink.LinkUpdate) {
 
 // attach attaches to a device that is wanted and was not attached to before.
 func (n *network) attach(attrs *netlink.LinkAttrs) error {
-	if n.attached[attrs.Index] || attrs.Flags&unix.IFF_LOOPBACK != 0 || !n.wants(attrs.Name) {
+	if n.attached[attrs.Index] != "" || attrs.Flags&unix.IFF_LOOPBACK != 0 || !n.wants(attrs.Name) {
 		return nil
 	}
 	err := n.balancer.AttachDevice(lb.Device{Index: attrs.Index, Pods: n.isOfPods(attrs)})
@@ -213,7 +215,7 @@ func (n *network) attach(attrs *netlink.LinkAttrs) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", attrs.Name, err)
 	}
-	n.attached[attrs.Index] = true
+	n.attached[attrs.Index] = attrs.Name
 	klog.V(2).InfoS("Device attached to", "device", attrs.Name)
 	return nil
 }
@@ -277,14 +279,18 @@ func setPrefixes(what string, texts []string, set func([]netip.Prefix) error) {
 // cleanUDP deletes conntrack's entries of UDP flows to these ports whose endpoints do not serve any more, so that their next packets
 // go to others, as kube-proxy does.
 func (n *network) cleanUDP(family v1.IPFamily, ports proxy.ServicePortMap, endpoints proxy.EndpointsMap) {
-	cleaned := make(chan struct{})
-	clean := func() {
-		conntrack.CleanStaleEntries(conntrack.New(), family, ports, endpoints)
-		close(cleaned)
-	}
+	n.do(func() { conntrack.CleanStaleEntries(conntrack.New(), family, ports, endpoints) })
+}
+
+// do calls f on the thread, unless its work has ended.
+func (n *network) do(f func()) {
+	done := make(chan struct{})
 	select {
-	case n.work <- clean:
-		<-cleaned
+	case n.work <- func() { f(); close(done) }:
+		<-done
 	case <-n.done:
 	}
 }
+
+// names are those of the devices that are attached to, sorted.
+func (n *network) names() []string { return slices.Sorted(maps.Values(n.attached)) }

@@ -162,7 +162,7 @@ func (s *status) synced(o outcome) {
 type servers []*http.Server
 
 // serve listens where cfg says. The first server that ends before it is closed tells failed, which has room for one.
-func (s *status) serve(cfg Config, failed chan<- error) (_ servers, err error) {
+func (s *status) serve(cfg Config, reporter *reporter, failed chan<- error) (_ servers, err error) {
 	var running servers
 	defer func() {
 		if err != nil {
@@ -174,7 +174,7 @@ func (s *status) serve(cfg Config, failed chan<- error) (_ servers, err error) {
 		handler       http.Handler
 	}{
 		{"healthz", cfg.HealthzBindAddress, s.healthHandler()},
-		{"metrics", cfg.MetricsBindAddress, s.metricsHandler()},
+		{"metrics", cfg.MetricsBindAddress, s.metricsHandler(reporter)},
 	} {
 		if server.address == "" {
 			continue
@@ -242,13 +242,14 @@ func writeHealth(w http.ResponseWriter, health healthcheck.ProxyHealth, healthy 
 	}
 }
 
-// metricsHandler answers /metrics, /proxyMode and /healthz.
-func (s *status) metricsHandler() http.Handler {
+// metricsHandler answers /metrics, /proxyMode, /healthz and /status.
+func (s *status) metricsHandler(reporter *reporter) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/metrics", metrics.HandlerFor(
 		prometheus.Gatherers{legacyregistry.DefaultGatherer, s.registry}, metrics.HandlerOpts{}))
 	mux.HandleFunc("/proxyMode", func(w http.ResponseWriter, _ *http.Request) { writeText(w, Mode) })
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) { writeText(w, "ok") })
+	mux.HandleFunc("/status", reporter.handler)
 	return mux
 }
 

@@ -56,7 +56,9 @@ type syncer struct {
 	noLocal     map[string]sets.Set[proxy.ServicePortName] // ports with a local policy, internal or external, and no local endpoint
 	udp         proxy.ServicePortMap                       // ports over UDP that changed, or whose endpoints did, since conntrack was cleaned
 	health      *serviceHealth
-	pruned      bool // whether a former agent's frontends were looked through
+	pruned      bool      // whether a former agent's frontends were looked through
+	synced      time.Time // the last sync without an error; zero: none yet
+	failed      int       // frontends that the last sync could not program
 }
 
 var (
@@ -329,6 +331,25 @@ func (s *syncer) sync() error {
 	return err
 }
 
+// report tells what this IP family is like; how full its maps are the load balancer knows.
+func (s *syncer) report() FamilyReport {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := FamilyReport{Family: string(s.family), LastSync: s.synced, Failed: s.failed, Contested: s.contested.Len()}
+	for _, port := range s.ports {
+		r.Ports.ClusterIP++
+		r.Ports.ExternalIP += len(port.ExternalIPs())
+		r.Ports.LoadBalancer += len(port.LoadBalancerVIPs())
+		if port.NodePort() != 0 {
+			r.Ports.NodePort++
+		}
+		if port.SessionAffinityType() == v1.ServiceAffinityClientIP {
+			r.Ports.Affinity++
+		}
+	}
+	return r
+}
+
 // changes lists what the load balancer shall do about the changed frontends.
 func (s *syncer) changes() []lb.Change {
 	changes := make([]lb.Change, 0, s.changed.Len())
@@ -453,8 +474,12 @@ func affinityOf(name proxy.ServicePortName, port proxy.ServicePort) lb.Affinity 
 
 // settle forgets what was done and keeps what failed for the next sync.
 func (s *syncer) settle(err error) {
-	s.changed = sets.New[lb.Frontend]()
+	s.changed, s.failed = sets.New[lb.Frontend](), 0
+	if err == nil {
+		s.synced = time.Now()
+	}
 	for failed := range frontendErrors(err) {
+		s.failed++
 		s.changed.Insert(inside(failed.Frontend))
 		if claimants := s.claims[inside(failed.Frontend)]; len(claimants) > 0 {
 			klog.ErrorS(failed.Err, "Service port not programmed", "servicePort", claimants[0].name, "frontend", failed.Frontend)

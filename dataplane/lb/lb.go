@@ -404,6 +404,17 @@ func (b *Balancer) detach() error {
 	return nil
 }
 
+// Hooks names the programs that are attached to the cgroup.
+func (b *Balancer) Hooks() []string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	names := []string{}
+	for i := range b.links {
+		names = append(names, b.hooks()[i].name)
+	}
+	return names
+}
+
 // Close releases what this process holds. Without a PinDir that ends translation; with one it goes on.
 func (b *Balancer) Close() error {
 	b.mu.Lock()

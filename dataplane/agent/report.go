@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"os/exec"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/coreos/go-iptables/iptables"
+	v1 "k8s.io/api/core/v1"
+	"k8s.io/klog/v2"
+
+	"github.com/plimsoll-bench/plimsoll/dataplane/lb"
+)
+
+// Replacement says how far an agent does what kube-proxy would.
+type Replacement string
+
+// Full is all of it, Partial what is attached to, None nothing yet.
+const (
+	Full    Replacement = "True"
+	Partial Replacement = "Partial"
+	None    Replacement = "False"
+)
+
+// A Report is what an agent says of itself, at /status.
+type Report struct {
+	Replacement Replacement `json:"kubeProxyReplacement"`
+	Reasons     []string    `json:"reasons"` // why it is not full; and what is to be looked at though it is
+	Node        string      `json:"node"`
+	Healthy     bool        `json:"healthy"`
+
+	Cgroup           string   `json:"cgroup"`      // whose processes' sockets are translated; empty: none
+	Hooks            []string `json:"socketHooks"` // programs attached there
+	PeerNames        bool     `json:"peerNames"`   // whether getpeername(2) of TCP sockets names the Service
+	Devices          []string `json:"devices"`     // whose packets are translated
+	LocalMode        string   `json:"detectLocalMode,omitempty"`
+	KubeProxysTraces []string `json:"kubeProxyRules"` // what of kube-proxy is still in the kernel
+
+	Families []FamilyReport `json:"families"`
+}
+
+// A FamilyReport is that of an IP version.
+type FamilyReport struct {
+	Family    string    `json:"ipFamily"`
+	LastSync  time.Time `json:"lastSync"` // the last without an error; zero: none yet
+	Failed    int       `json:"failedFrontends"`
+	Contested int       `json:"contestedFrontends"`
+	Ports     Ports     `json:"servicePorts"`
+	Services  Fill      `json:"servicesMap"`
+	Backends  Fill      `json:"backendsMap"`
+}
+
+// Ports counts ports of Services by where they are served.
+type Ports struct {
+	ClusterIP    int `json:"clusterIP"`
+	NodePort     int `json:"nodePort"`
+	ExternalIP   int `json:"externalIP"`   // addresses
+	LoadBalancer int `json:"loadBalancer"` // addresses
+	Affinity     int `json:"sessionAffinity"`
+}
+
+// Fill is how full a map is.
+type Fill struct {
+	Entries  int `json:"entries"`
+	Capacity int `json:"capacity"`
+}
+
+// A reporter knows where to look.
+type reporter struct {
+	cfg      Config
+	balancer *lb.Balancer
+	network  *network // nil without devices
+	status   *status
+	syncers  []*syncer
+}
+
+func (r *reporter) report() Report {
+	report := Report{
+		Node: r.cfg.NodeName, Healthy: r.status.health.Health().Healthy, Cgroup: r.cfg.Cgroup, Hooks: r.balancer.Hooks(),
+		PeerNames: r.cfg.LB.PeerNames, Devices: []string{}, LocalMode: string(r.cfg.Local.Mode), Reasons: []string{},
+	}
+	look := func() { report.KubeProxysTraces = kubeProxysTraces() }
+	if r.network == nil {
+		look()
+	} else {
+		r.network.do(func() {
+			report.Devices = r.network.names()
+			look()
+		})
+	}
+	ipv4, ipv6 := r.balancer.Counts()
+	for _, s := range r.syncers {
+		counts := ipv4
+		if s.family == v1.IPv6Protocol {
+			counts = ipv6
+		}
+		family := s.report()
+		family.Services = Fill{counts.Services, counts.ServicesCapacity}
+		family.Backends = Fill{counts.Slots, counts.BackendsCapacity}
+		report.Families = append(report.Families, family)
+	}
+	report.judge()
+	return report
+}
+
+// judge says what the rest means.
+func (r *Report) judge() {
+	add := func(lesser Replacement, format string, args ...any) {
+		r.Reasons = append(r.Reasons, fmt.Sprintf(format, args...))
+		if r.Replacement != None {
+			r.Replacement = lesser
+		}
+	}
+	r.Replacement = Full
+	if len(r.Hooks) == 0 {
+		add(Partial, "sockets are left alone (--sockets=false): processes of the node itself reach no Services")
+	}
+	if len(r.Devices) == 0 {
+		add(Partial, "no devices (--devices): nobody outside the cgroup reaches Services, and nothing from outside the node")
+	}
+	for _, f := range r.Families {
+		if f.LastSync.IsZero() {
+			add(None, "%s: nothing has been synced yet", f.Family)
+		}
+		if f.Failed > 0 {
+			add(Partial, "%s: %d frontends could not be programmed (see the log)", f.Family, f.Failed)
+		}
+		if f.Contested > 0 {
+			r.Reasons = append(r.Reasons, fmt.Sprintf("%s: %d frontends are wanted by several Services, and the first by name has each", f.Family, f.Contested))
+		}
+	}
+	if !r.Healthy {
+		add(Partial, "syncs are late (see /healthz)")
+	}
+	for _, trace := range r.KubeProxysTraces {
+		r.Reasons = append(r.Reasons, "kube-proxy's rules are still there: "+trace)
+	}
+}
+
+// kubeProxysTraces names what kube-proxy has in the kernel, of any of its modes.
+func kubeProxysTraces() []string {
+	traces := []string{}
+	if tables, err := exec.Command("nft", "list", "tables").Output(); err == nil {
+		for line := range strings.Lines(string(tables)) {
+			if line = strings.TrimSpace(line); strings.HasSuffix(line, " kube-proxy") {
+				traces = append(traces, "nftables: "+line)
+			}
+		}
+	}
+	for _, backend := range []string{"nft", "legacy"} {
+		for command, protocol := range map[string]iptables.Protocol{"iptables": iptables.ProtocolIPv4, "ip6tables": iptables.ProtocolIPv6} {
+			path, err := exec.LookPath(command + "-" + backend)
+			if err != nil {
+				continue // what nobody can read, nobody has written by it
+			}
+			tables, err := iptables.New(iptables.IPFamily(protocol), iptables.Path(path))
+			if err != nil {
+				continue
+			}
+			if has, err := tables.ChainExists("nat", "KUBE-SERVICES"); err == nil && has {
+				traces = append(traces, command+"-"+backend+": chain KUBE-SERVICES")
+			}
+		}
+	}
+	slices.Sort(traces)
+	return traces
+}
+
+// handler answers with a report.
+func (r *reporter) handler(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	e := json.NewEncoder(w)
+	e.SetIndent("", "  ")
+	if err := e.Encode(r.report()); err != nil {
+		klog.V(2).InfoS("Status not written", "err", err)
+	}
+}
