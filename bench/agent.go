@@ -45,7 +45,7 @@ folder is deleted.`,
 				return err
 			}
 			if cleanup {
-				return agent.Cleanup(cmd.Context(), cfg)
+				return agent.Cleanup(cfg)
 			}
 			if !sockets {
 				cfg.Cgroup = ""

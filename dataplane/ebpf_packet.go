@@ -23,15 +23,15 @@ func (ebpfPacket) Doc() string {
 }
 func (ebpfPacket) Floor() string { return directConntrack{}.Name() }
 
-// Supported loads the programs, attached to nothing, and has nft make their table where nothing else is.
-func (ebpfPacket) Supported(ctx context.Context) error {
+// Supported loads the programs, attached to nothing, and makes their table where nothing else is.
+func (ebpfPacket) Supported(context.Context) error {
 	ns, err := clusters.NewNetNS()
 	if err != nil {
 		return err
 	}
 	defer ns.Close()
 	options := lb.Options{Services: 1, Backends: 1, Packets: &lb.PacketOptions{NetNS: fmt.Sprintf("/proc/self/fd/%d", ns.Fd())}}
-	return loadsBalancer(options, func(b *lb.Balancer) error { return b.KeepNAT(ctx) })
+	return loadsBalancer(options, func(b *lb.Balancer) error { return b.KeepNAT() })
 }
 
 func (m ebpfPacket) Spec(s Settings) clusters.ProxySpec {

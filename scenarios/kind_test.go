@@ -95,6 +95,8 @@ func TestKindClusterOnEBPF(t *testing.T) {
 	for _, node := range []string{worker, control} {
 		mustAnswer(t, e, node, address, 20*time.Second)
 	}
+	// What comes from another node is translated by its packets.
+	mustAnswer(t, e, control, mustNodePort(t, client, worker), 20*time.Second)
 
 	// The engine may give the node another address, and everything in it another process.
 	if out, err := e.Command(t.Context(), "restart", "--time", "5", worker).CombinedOutput(); err != nil {
@@ -127,7 +129,7 @@ func mustServeName(t *testing.T, client kubernetes.Interface, node, image string
 	}
 	s, err := client.CoreV1().Services(metav1.NamespaceDefault).Create(t.Context(), &corev1.Service{
 		ObjectMeta: metav1.ObjectMeta{Name: "web"},
-		Spec:       corev1.ServiceSpec{Selector: labels, Ports: []corev1.ServicePort{{Port: 80, TargetPort: intstr.FromInt32(port)}}},
+		Spec:       corev1.ServiceSpec{Type: corev1.ServiceTypeNodePort, Selector: labels, Ports: []corev1.ServicePort{{Port: 80, TargetPort: intstr.FromInt32(port)}}},
 	}, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -146,6 +148,26 @@ func mustServeName(t *testing.T, client kubernetes.Interface, node, image string
 		}
 	}
 	t.Fatal("the pod does not run")
+	return netip.AddrPort{}
+}
+
+// mustNodePort is where a node has the Service "web".
+func mustNodePort(t *testing.T, client kubernetes.Interface, node string) netip.AddrPort {
+	t.Helper()
+	s, err := client.CoreV1().Services(metav1.NamespaceDefault).Get(t.Context(), "web", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := client.CoreV1().Nodes().Get(t.Context(), node, metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range n.Status.Addresses {
+		if a.Type == corev1.NodeInternalIP {
+			return netip.AddrPortFrom(netip.MustParseAddr(a.Address), uint16(s.Spec.Ports[0].NodePort))
+		}
+	}
+	t.Fatalf("node %s has no address", node)
 	return netip.AddrPort{}
 }
 

@@ -294,5 +294,8 @@ func (w *world) close(ctx context.Context) error {
 	return errors.Join(remove(ctx, w.engine, w.kind, w.run.Recorded()), w.run.Close(ctx))
 }
 
-// serviceRange is kind's default, and endpoint addresses are the pods' own.
-var serviceRange = netip.MustParsePrefix("10.96.0.0/16")
+// serviceRange and podRange are kind's defaults, and endpoint addresses are the pods' own.
+var (
+	serviceRange = netip.MustParsePrefix("10.96.0.0/16")
+	podRange     = netip.MustParsePrefix("10.244.0.0/16")
+)

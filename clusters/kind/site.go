@@ -114,6 +114,9 @@ type manifestValues struct {
 	// APIServer is the control plane's name; Cgroup where a node sees its cgroup2; Wait what pods run until something is started in
 	// them; MinSyncPeriod empty for the agent's own default.
 	APIServer, Cgroup, Wait, MinSyncPeriod string
+	// PodCIDR is where pods are; Packets has the agent leave sockets alone.
+	PodCIDR string
+	Packets bool
 
 	Pods []struct{ Name, App string }
 }
@@ -122,6 +125,7 @@ type manifestValues struct {
 func (s *site) manifests() ([]byte, error) {
 	values := manifestValues{
 		Namespace: s.spec.Name, AgentNamespace: agentNamespace, Image: s.cluster.world.pods, Node: s.name, APIServer: s.cluster.controlName(), Wait: WaitCommand,
+		PodCIDR: podRange.String(), Packets: s.spec.Packets,
 		Pods: []struct{ Name, App string }{{clientPod, "client"}},
 	}
 	for _, name := range backendPods {

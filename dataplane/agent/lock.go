@@ -3,7 +3,6 @@
 package agent
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -66,13 +65,13 @@ func (l locks) close() error {
 
 // Cleanup removes what agents with this configuration left on the node: pins, the nftables table and the snapshot. It does nothing while
 // one of them is at work, which ErrOtherAgent says. What is not there is none to remove.
-func Cleanup(ctx context.Context, cfg Config) error {
+func Cleanup(cfg Config) error {
 	cfg.Cgroup, cfg.Devices = "", []string{"*"} // the table is of the network namespace, whatever the devices were
 	held, err := lockNode(cfg)
 	if err != nil {
 		return err
 	}
-	err = lb.Cleanup(ctx, cfg.LB.PinDir, cfg.NetNS)
+	err = lb.Cleanup(cfg.LB.PinDir, cfg.NetNS)
 	if cfg.Snapshot != "" {
 		if gone := os.Remove(cfg.Snapshot); !errors.Is(gone, os.ErrNotExist) {
 			err = errors.Join(err, gone)

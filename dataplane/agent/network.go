@@ -108,7 +108,7 @@ func (n *network) run(ctx context.Context, started chan<- error) {
 	// Subtle: watched before they are listed, so that none is missed.
 	err := n.enter()
 	if err == nil {
-		err = n.balancer.KeepNAT(ctx)
+		err = n.balancer.KeepNAT()
 	}
 	if err == nil {
 		err = n.watch(links, stop)

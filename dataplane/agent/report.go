@@ -8,10 +8,10 @@ import (
 	"net/http"
 	"os/exec"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/coreos/go-iptables/iptables"
+	"github.com/google/nftables"
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/klog/v2"
 
@@ -146,26 +146,32 @@ func (r *Report) judge() {
 // kubeProxysTraces names what kube-proxy has in the kernel, of any of its modes.
 func kubeProxysTraces() []string {
 	traces := []string{}
-	if tables, err := exec.Command("nft", "list", "tables").Output(); err == nil {
-		for line := range strings.Lines(string(tables)) {
-			if line = strings.TrimSpace(line); strings.HasSuffix(line, " kube-proxy") {
-				traces = append(traces, "nftables: "+line)
+	if nft, err := nftables.New(); err == nil {
+		tables, _ := nft.ListTables() // a kernel without nf_tables has none
+		for _, table := range tables {
+			family := map[nftables.TableFamily]string{nftables.TableFamilyIPv4: "ip", nftables.TableFamilyIPv6: "ip6"}[table.Family]
+			switch {
+			case family != "" && table.Name == "kube-proxy":
+				traces = append(traces, fmt.Sprintf("nftables: table %s kube-proxy", family))
+			case family != "" && table.Name == "nat":
+				if _, err := nft.ListChain(table, "KUBE-SERVICES"); err == nil {
+					traces = append(traces, fmt.Sprintf("iptables-nft: table %s nat, chain KUBE-SERVICES", family))
+				}
 			}
 		}
 	}
-	for _, backend := range []string{"nft", "legacy"} {
-		for command, protocol := range map[string]iptables.Protocol{"iptables": iptables.ProtocolIPv4, "ip6tables": iptables.ProtocolIPv6} {
-			path, err := exec.LookPath(command + "-" + backend)
-			if err != nil {
-				continue // what nobody can read, nobody has written by it
-			}
-			tables, err := iptables.New(iptables.IPFamily(protocol), iptables.Path(path))
-			if err != nil {
-				continue
-			}
-			if has, err := tables.ChainExists("nat", "KUBE-SERVICES"); err == nil && has {
-				traces = append(traces, command+"-"+backend+": chain KUBE-SERVICES")
-			}
+	// The older tables can be read by their own command alone. Where that is not, nobody on the node's own file system has used it.
+	for command, protocol := range map[string]iptables.Protocol{"iptables-legacy": iptables.ProtocolIPv4, "ip6tables-legacy": iptables.ProtocolIPv6} {
+		path, err := exec.LookPath(command)
+		if err != nil {
+			continue
+		}
+		tables, err := iptables.New(iptables.IPFamily(protocol), iptables.Path(path))
+		if err != nil {
+			continue
+		}
+		if has, err := tables.ChainExists("nat", "KUBE-SERVICES"); err == nil && has {
+			traces = append(traces, command+": chain KUBE-SERVICES")
 		}
 	}
 	slices.Sort(traces)

@@ -3,7 +3,6 @@
 package lb
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -15,12 +14,12 @@ import (
 // there is none to remove, and nothing else is touched.
 //
 // Connections that were translated at the socket live on. Those that were by packets end, unless another rule keeps conntrack and NAT.
-func Cleanup(ctx context.Context, pinDir, netNS string) error {
+func Cleanup(pinDir, netNS string) error {
 	var errs []error
 	if pinDir != "" {
 		errs = append(errs, removePins(pinDir))
 	}
-	return errors.Join(append(errs, RemoveNAT(ctx, netNS))...)
+	return errors.Join(append(errs, RemoveNAT(netNS))...)
 }
 
 func removePins(pinDir string) error {

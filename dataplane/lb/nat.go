@@ -3,12 +3,15 @@
 package lb
 
 import (
-	"context"
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
-	"time"
+	"os"
 
-	"sigs.k8s.io/knftables"
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
 )
 
 // Marks of packets, for the rules of natTable. No other packet has refuseMark but by a chance of one in four billions of those that are
@@ -21,111 +24,177 @@ const (
 )
 
 // natTable is the nftables table of all that is left to the kernel's own NAT.
-const natTable = "plimsoll"
+//
+// Note: by netlink, and not by the command nft, so that an agent needs nothing in its container but itself.
+func natTable() *nftables.Table {
+	return &nftables.Table{Name: natName, Family: nftables.TableFamilyINet}
+}
 
-// natLimit is how long nft may take for a change.
-const natLimit = 30 * time.Second
+const natName = "plimsoll"
 
-// KeepNAT installs what the packet programs leave to the kernel: its conntrack and NAT, and the refusals. It needs the command nft, and
-// replaces what a former Balancer left, at once. RemoveNAT takes it away.
-func (b *Balancer) KeepNAT(ctx context.Context) error {
+// sctpMap is a map of natTable, from the mark of a packet to a backend: its address, and its port in four bytes.
+func sctpMap(keyWords int) *nftables.Set {
+	name, address := "sctp4", nftables.TypeIPAddr
+	if keyWords == keyWords6 {
+		name, address = "sctp6", nftables.TypeIP6Addr
+	}
+	return &nftables.Set{
+		Table: natTable(), Name: name, IsMap: true, KeyType: nftables.TypeMark,
+		DataType: nftables.MustConcatSetType(address, nftables.TypeInetService),
+	}
+}
+
+// Registers of rules. Register 1 is 16 bytes long, and its words have numbers of their own (include/uapi/linux/netfilter/nf_tables.h).
+const (
+	register          = 1
+	registerAfterIPv4 = unix.NFT_REG32_00 + 1
+	registerAfterIPv6 = unix.NFT_REG32_00 + 4
+)
+
+// KeepNAT installs what the packet programs leave to the kernel: its conntrack and NAT, and the refusals. It replaces what a former
+// Balancer left, at once. RemoveNAT takes it away.
+func (b *Balancer) KeepNAT() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.changeNAT(ctx, func(tx *knftables.Transaction) {
-		addNAT(tx)
+	return b.changeNAT(func(nft *nftables.Conn) error {
+		if err := addNAT(nft); err != nil {
+			return err
+		}
 		for _, f := range b.families() {
 			for slot, backend := range f.sctp {
-				f.addSCTP(tx, slot, backend)
+				if err := nft.SetAddElements(sctpMap(f.table.keyWords), sctpElements(slot, backend)); err != nil {
+					return err
+				}
 			}
 		}
+		return nil
 	})
 }
 
-// changeNAT has nft make a change of natTable where the devices are.
-func (b *Balancer) changeNAT(ctx context.Context, add func(*knftables.Transaction)) error {
+// changeNAT makes a change of natTable where the devices are.
+func (b *Balancer) changeNAT(change func(*nftables.Conn) error) error {
 	if b.options.Packets == nil {
 		return nil
 	}
-	return changeNAT(ctx, b.options.Packets.NetNS, add)
+	return changeNAT(b.options.Packets.NetNS, change)
 }
 
-func changeNAT(ctx context.Context, netNS string, add func(*knftables.Transaction)) error {
-	ctx, cancel := context.WithTimeout(ctx, natLimit)
-	defer cancel()
-	return inNetNS(netNS, func() error {
-		nft, err := knftables.New(knftables.InetFamily, natTable)
+func changeNAT(netNS string, change func(*nftables.Conn) error) (err error) {
+	defer func() {
 		if err != nil {
-			return fmt.Errorf("packet path: the command nft: %w", err)
+			err = fmt.Errorf("packet path: change the nftables table %s: %w", natName, err)
 		}
-		tx := nft.NewTransaction()
-		add(tx)
-		if err := nft.Run(ctx, tx); err != nil {
-			return fmt.Errorf("packet path: change the nftables table %s: %w", natTable, err)
+	}()
+	var options []nftables.ConnOption
+	if netNS != "" {
+		ns, err := os.Open(netNS)
+		if err != nil {
+			return err
 		}
+		defer ns.Close()
+		options = append(options, nftables.WithNetNSFd(int(ns.Fd())))
+	}
+	nft, err := nftables.New(options...)
+	if err != nil {
+		return err
+	}
+	if err := change(nft); err != nil {
+		return err
+	}
+	if err := nft.Flush(); errors.Is(err, unix.EOPNOTSUPP) {
+		return fmt.Errorf("%w: nf_tables: %w", ErrNotSupported, err)
+	} else if err != nil {
+		return err
+	}
+	return nil
+}
+
+// RemoveNAT removes what KeepNAT installed in the network namespace of a file, or of the process if there is none. Connections through it
+// end then, unless another rule keeps conntrack and NAT there. What is not there is none to remove.
+func RemoveNAT(netNS string) error {
+	return changeNAT(netNS, func(nft *nftables.Conn) error {
+		nft.AddTable(natTable())
+		nft.DelTable(natTable())
 		return nil
 	})
 }
 
-// RemoveNAT removes what KeepNAT installed in the network namespace of a file, or of the calling thread if there is none. Connections
-// through it end then, unless another rule keeps conntrack and NAT there. What is not there is none to remove.
-func RemoveNAT(ctx context.Context, netNS string) error {
-	return changeNAT(ctx, netNS, func(tx *knftables.Transaction) {
-		tx.Add(&knftables.Table{})
-		tx.Delete(&knftables.Table{})
-	})
-}
-
-func addNAT(tx *knftables.Transaction) {
-	tx.Add(&knftables.Table{Comment: knftables.PtrTo("NAT of the plimsoll agent, whose packet programs choose the backends")})
-	for _, m := range []*knftables.Map{
-		{Name: sctpMap4, Type: "mark : ipv4_addr . inet_service"}, {Name: sctpMap6, Type: "mark : ipv6_addr . inet_service"},
-	} {
-		tx.Add(m)
-		tx.Flush(m)
+func addNAT(nft *nftables.Conn) error {
+	table := nft.AddTable(natTable())
+	sctp4, sctp6 := sctpMap(keyWords4), sctpMap(keyWords6)
+	for _, m := range []*nftables.Set{sctp4, sctp6} {
+		if err := nft.AddSet(m, nil); err != nil {
+			return err
+		}
+		nft.FlushSet(m)
 	}
-	chain := func(name string, kind knftables.BaseChainType, hook knftables.BaseChainHook, priority knftables.BaseChainPriority, rules ...string) {
-		c := &knftables.Chain{Name: name, Type: &kind, Hook: &hook, Priority: &priority}
-		tx.Add(c)
-		tx.Flush(c)
+	chain := func(name string, kind nftables.ChainType, hook *nftables.ChainHook, priority nftables.ChainPriority, rules ...[]expr.Any) {
+		c := nft.AddChain(&nftables.Chain{Table: table, Name: name, Type: kind, Hooknum: hook, Priority: &priority})
+		nft.FlushChain(c)
 		for _, rule := range rules {
-			tx.Add(&knftables.Rule{Chain: name, Rule: rule})
+			nft.AddRule(&nftables.Rule{Table: table, Chain: c, Exprs: rule})
 		}
 	}
+	dnat, snat := *nftables.ChainPriorityNATDest, *nftables.ChainPriorityNATSource
 	// Subtle: conntrack and NAT are there as long as a rule and chains want them (nf_ct_netns_get), and connections end when none does.
 	// So the chains stay, even empty ones, as long as the table does.
-	chain("nat-prerouting", knftables.NATType, knftables.PreroutingHook, knftables.DNATPriority,
-		"meta l4proto sctp dnat ip to meta mark map @"+sctpMap4, "meta l4proto sctp dnat ip6 to meta mark map @"+sctpMap6)
-	chain("nat-input", knftables.NATType, knftables.InputHook, knftables.SNATPriority)
-	chain("nat-output", knftables.NATType, knftables.OutputHook, knftables.DNATPriority)
-	chain("nat-postrouting", knftables.NATType, knftables.PostroutingHook, knftables.SNATPriority,
-		fmt.Sprintf("meta l4proto sctp meta mark & %#x == %#x masquerade", sctpBits, sctpMark|sctpMasquerade))
+	chain("nat-prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, dnat, dnatTo(sctp4, unix.NFPROTO_IPV4, registerAfterIPv4), dnatTo(sctp6, unix.NFPROTO_IPV6, registerAfterIPv6))
+	chain("nat-input", nftables.ChainTypeNAT, nftables.ChainHookInput, snat)
+	chain("nat-output", nftables.ChainTypeNAT, nftables.ChainHookOutput, dnat)
+	chain("nat-postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, snat,
+		append(append(isProtocol(SCTP), isMarked(sctpBits, sctpMark|sctpMasquerade)...), &expr.Masq{}))
 	// An RST is not one of the ICMP messages whose rate the kernel limits.
-	chain("refuse", knftables.FilterType, knftables.PreroutingHook, knftables.DNATPriority+"+10",
-		fmt.Sprintf("meta mark %#x meta l4proto tcp reject with tcp reset", refuseMark), fmt.Sprintf("meta mark %#x reject", refuseMark))
+	chain("refuse", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dnat+10,
+		append(append(isMarked(0xffffffff, refuseMark), isProtocol(TCP)...), &expr.Reject{Type: unix.NFT_REJECT_TCP_RST}),
+		append(isMarked(0xffffffff, refuseMark), &expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_PORT_UNREACH}))
 	// What conntrack takes for invalid it does not translate: it would come to the client from a stranger, who gets an RST, and the
 	// connection ends (kubernetes/kubernetes#74839). kube-proxy's iptables mode drops it, too.
-	chain("forward", knftables.FilterType, knftables.ForwardHook, knftables.FilterPriority, "ct state invalid drop")
+	chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, *nftables.ChainPriorityFilter, []expr.Any{
+		&expr.Ct{Register: register, Key: expr.CtKeySTATE},
+		mask(expr.CtStateBitINVALID),
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: register, Data: word32(0)},
+		&expr.Verdict{Kind: expr.VerdictDrop},
+	})
+	return nil
 }
 
-// Maps of natTable, from the mark of a packet to the backend.
-const sctpMap4, sctpMap6 = "sctp4", "sctp6"
+// dnatTo is a rule that sends a packet of SCTP to the backend that a map has for its mark.
+func dnatTo(m *nftables.Set, family uint32, port uint32) []expr.Any {
+	return append(isProtocol(SCTP),
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: register},
+		&expr.Lookup{SourceRegister: register, DestRegister: register, IsDestRegSet: true, SetName: m.Name, SetID: m.ID},
+		&expr.NAT{Type: expr.NATTypeDestNAT, Family: family, RegAddrMin: register, RegProtoMin: port},
+	)
+}
+
+func isProtocol(p Protocol) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: register},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: register, Data: []byte{byte(p)}},
+	}
+}
+
+func isMarked(bits, mark uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: register},
+		mask(bits),
+		&expr.Cmp{Op: expr.CmpOpEq, Register: register, Data: word32(mark)},
+	}
+}
+
+func mask(bits uint32) expr.Any {
+	return &expr.Bitwise{SourceRegister: register, DestRegister: register, Len: 4, Mask: word32(bits), Xor: word32(0)}
+}
+
+func word32(w uint32) []byte { return binary.NativeEndian.AppendUint32(nil, w) }
 
 // sctpElements are those of a backend in a slot, with and without masquerade.
-func (f *family) sctpElements(slot int, backend netip.AddrPort) []*knftables.Element {
-	name := sctpMap4
-	if f.table.keyWords == keyWords6 {
-		name = sctpMap6
-	}
-	var all []*knftables.Element
-	for _, mark := range []int{sctpMark | slot, sctpMark | sctpMasquerade | slot} {
-		all = append(all, &knftables.Element{Map: name, Key: []string{fmt.Sprintf("%#x", mark)}, Value: []string{backend.Addr().String(), fmt.Sprint(backend.Port())}})
-	}
-	return all
-}
-
-func (f *family) addSCTP(tx *knftables.Transaction, slot int, backend netip.AddrPort) {
-	for _, e := range f.sctpElements(slot, backend) {
-		tx.Add(e)
+func sctpElements(slot int, backend netip.AddrPort) []nftables.SetElement {
+	value := binary.BigEndian.AppendUint16(backend.Addr().Unmap().AsSlice(), backend.Port())
+	value = append(value, 0, 0)
+	return []nftables.SetElement{
+		{Key: word32(sctpMark | uint32(slot)), Val: value},
+		{Key: word32(sctpMark | sctpMasquerade | uint32(slot)), Val: value},
 	}
 }
 
@@ -134,16 +203,19 @@ func (b *Balancer) placeSCTP(f *family, base int, backends []netip.AddrPort) err
 	if len(backends) == 0 {
 		return nil
 	}
-	err := b.changeNAT(context.Background(), func(tx *knftables.Transaction) {
+	err := b.changeNAT(func(nft *nftables.Conn) error {
 		for i, backend := range backends {
 			// What was there before is of a frontend that is no more.
 			if old, has := f.sctp[base+i]; has {
-				for _, e := range f.sctpElements(base+i, old) {
-					tx.Delete(e)
+				if err := nft.SetDeleteElements(sctpMap(f.table.keyWords), sctpElements(base+i, old)); err != nil {
+					return err
 				}
 			}
-			f.addSCTP(tx, base+i, backend)
+			if err := nft.SetAddElements(sctpMap(f.table.keyWords), sctpElements(base+i, backend)); err != nil {
+				return err
+			}
 		}
+		return nil
 	})
 	if err != nil {
 		return err

@@ -3,7 +3,6 @@
 package lb_test
 
 import (
-	"context"
 	"errors"
 	"maps"
 	"net"
@@ -86,7 +85,7 @@ func mustLoadPackets(tb testing.TB, node *lbtest.Node, options lb.PacketOptions)
 			tb.Error(err)
 		}
 	})
-	if err := b.KeepNAT(context.Background()); err != nil {
+	if err := b.KeepNAT(); err != nil {
 		tb.Fatal(err)
 	}
 	node.Enter(tb, func() error {
