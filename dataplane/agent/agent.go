@@ -138,12 +138,16 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if cfg.Snapshot != "" {
 		save = newSaver(cfg, balancer, status)
 	}
+	var sweep *sweeper
+	if cfg.Cgroup != "" {
+		sweep = newSweeper(cfg, balancer)
+	}
 	var syncers []*syncer
 	families := []v1.IPFamily{v1.IPv4Protocol, v1.IPv6Protocol}
 	var unsynced atomic.Int32
 	unsynced.Store(int32(len(families)))
 	for _, family := range families {
-		syncers = append(syncers, newSyncer(cfg, family, balancer, network, status, save, func() {
+		syncers = append(syncers, newSyncer(cfg, family, balancer, network, status, save, sweep, func() {
 			if unsynced.Add(-1) > 0 {
 				return
 			}
@@ -196,6 +200,9 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	}
 	if save != nil {
 		watches.Go(func() { save.run(ctx) })
+	}
+	if sweep != nil {
+		watches.Go(func() { sweep.run(ctx) })
 	}
 	watches.Go(func() { serviceConfig.Run(ctx.Done()) })
 	watches.Go(func() { sliceConfig.Run(ctx.Done()) })

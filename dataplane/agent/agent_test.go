@@ -343,6 +343,21 @@ func TestPorts(t *testing.T) {
 	r.wantsError("tcp", clusterIP+":54", unix.ECONNREFUSED)
 }
 
+// A connected UDP socket does not stay on an endpoint that is gone: its owner is told, and connects anew.
+func TestConnectedUDPLeavesGoneEndpoints(t *testing.T) {
+	r := startRig(t, lb.Options{}, service(nil, port("dns", v1.ProtocolUDP, 53)), slice("web-1", "dns", v1.ProtocolUDP, endpoint(one, thisNode)))
+	dns := clusterIP + ":53"
+	r.wants("udp", dns, one+":8080")
+	r.pod.Keep(t, "udp", dns)
+	r.updateSlice(slice("web-1", "dns", v1.ProtocolUDP, endpoint(two, thisNode)))
+	var got lbtest.Outcome
+	r.eventually(func() bool {
+		got = r.pod.AskKept(t)
+		return got.Errors[unix.EDESTADDRREQ.Error()]+got.Errors[unix.ECONNABORTED.Error()] == 1
+	}, func() string { return fmt.Sprintf("want the socket to be ended, got %+v", got) })
+	r.wants("udp", dns, two+":8080")
+}
+
 func TestLocalPolicy(t *testing.T) {
 	local := v1.ServiceInternalTrafficPolicyLocal
 	r := startRig(t, lb.Options{},

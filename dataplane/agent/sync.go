@@ -36,6 +36,7 @@ type syncer struct {
 	network    *network // nil where no packets are looked at
 	masquerade bool     // all
 	save       *saver   // nil where no snapshot is kept
+	sweep      *sweeper // nil where sockets are left alone
 	status     *status
 	runner     *runner.BoundedFrequencyRunner
 	complete   func()
@@ -72,7 +73,7 @@ var (
 const internal, external = "internal", "external"
 
 // newSyncer makes one that calls complete once, when all that it has seen first is carried, as far as that can be.
-func newSyncer(cfg Config, family v1.IPFamily, balancer *lb.Balancer, network *network, status *status, save *saver, complete func()) *syncer {
+func newSyncer(cfg Config, family v1.IPFamily, balancer *lb.Balancer, network *network, status *status, save *saver, sweep *sweeper, complete func()) *syncer {
 	s := &syncer{
 		family:      family,
 		nodeName:    cfg.NodeName,
@@ -80,6 +81,7 @@ func newSyncer(cfg Config, family v1.IPFamily, balancer *lb.Balancer, network *n
 		network:     network,
 		masquerade:  cfg.MasqueradeAll,
 		save:        save,
+		sweep:       sweep,
 		status:      status,
 		unsynced:    3,
 		ports:       make(proxy.ServicePortMap),
@@ -292,9 +294,9 @@ func (s *syncer) endpointsChanged(previous, current proxy.EndpointsMap) {
 	}
 }
 
-// noteUDP has conntrack's entries of a port looked at that may lead to endpoints that are gone.
+// noteUDP has conntrack's entries and sockets of a port looked at that may lead to endpoints that are gone.
 func (s *syncer) noteUDP(name proxy.ServicePortName, port proxy.ServicePort) {
-	if s.network != nil && port.Protocol() == v1.ProtocolUDP {
+	if port.Protocol() == v1.ProtocolUDP {
 		s.udp[name] = port
 	}
 }
@@ -319,7 +321,10 @@ func (s *syncer) sync() error {
 		s.save.note()
 	}
 	if len(s.udp) > 0 {
-		s.network.cleanUDP(s.family, s.udp, s.endpointsOf)
+		s.sweep.note()
+		if s.network != nil {
+			s.network.cleanUDP(s.family, s.udp, s.endpointsOf)
+		}
 		s.udp = make(proxy.ServicePortMap)
 	}
 	if err := s.health.sync(s.endpointsOf); err != nil {

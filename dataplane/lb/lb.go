@@ -107,6 +107,8 @@ type Balancer struct {
 	options              Options
 	objects              socketObjects
 	packets              packetObjects // empty without PacketOptions
+	forsake              forsakeObjects
+	forsakeErr           error // why the kernel cannot carry it; nil if it can
 	insiders, clusterIPs *ebpf.Map
 
 	// Guarded by mu.
@@ -197,6 +199,9 @@ func Load(options Options) (_ *Balancer, err error) {
 	}
 	if err := sockets.LoadAndAssign(&b.objects, &ebpf.CollectionOptions{MapReplacements: replacements(sockets, maps)}); err != nil {
 		return nil, b.explainLoad(err)
+	}
+	if err := b.loadForsake(maps); err != nil {
+		return nil, err
 	}
 	if b.options.Packets != nil {
 		if err := b.loadPackets(packets, maps); err != nil {
@@ -434,7 +439,7 @@ func (b *Balancer) Close() error {
 	for _, m := range []*ebpf.Map{b.insiders, b.clusterIPs, b.ranges.programs} {
 		errs = append(errs, m.Close())
 	}
-	return errors.Join(append(errs, b.objects.Close(), b.packets.Close())...)
+	return errors.Join(append(errs, b.objects.Close(), b.packets.Close(), b.forsake.Close())...)
 }
 
 // Counts tells how full the maps of an IP version are.

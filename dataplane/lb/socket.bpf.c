@@ -5,25 +5,7 @@
 // The socket half of the load balancer: connect(2) to a Service address becomes a connect(2) to one of its backends, and
 // sendto(2) likewise, whose answers come from the Service's address again. dataplane/README.md draws the packet's way.
 
-#include "services.h"
-
-// Flows are the last that a UDP socket began. Each goes on to its backend while the Service has that. Of a socket that talks to
-// more Services at a time than there is room for, answers to the oldest come from its backend.
-#define FLOWS 8
-
-struct flows {
-	struct bpf_spin_lock lock; // threads may share the socket
-	__u32 next;                // counts flows; the oldest is replaced
-	__u32 last;                // the flow that was sent to last
-	struct flow flows[FLOWS];
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, struct flows);
-} datagrams SEC(".maps");
+#include "flows.h"
 
 // What a TCP socket connected to last, if getpeername(2) is to know.
 struct {
@@ -34,27 +16,6 @@ struct {
 } streams SEC(".maps");
 
 const volatile __u8 peer_names; // whether getpeername(2) of a TCP socket names the Service
-
-// keeps tells whether a flow's backend is one of its frontend's still.
-//
-// Subtle: that the service word is the same does not say that the backends are. After two changes it may be the one of before.
-static __always_inline int keeps(void *services, void *backends, const volatile __u64 *seeds, int words, struct flow *flow)
-{
-	const __u64 *entry = find(services, flow->key, words, hash_of(flow->key, seeds, words));
-	if (!entry)
-		return 0;
-	__u64 service = READ_ONCE(entry[words]);
-	if (service & RANGES)
-		return 0;
-	if (service == flow->choice.service) {
-		__u64 backend[KEY6] = {};
-
-		if (read_backend(backends, seeds, entry, words, flow->choice.index, backend) && same(backend, flow->choice.backend))
-			return 1;
-	}
-	flow->choice.service = service;
-	return has(words, entry, service, flow);
-}
 
 // recall gives a flow the choice that was made for its key before, or returns false.
 static __always_inline int recall(struct flows *flows, struct flow *flow)
@@ -211,14 +172,6 @@ static __always_inline int forward6(struct bpf_sock_addr *ctx)
 	if (verdict == TRANSLATE)
 		ctx->user_port = (flow.choice.backend[0] >> 16) & 0xffff;
 	return answer(verdict);
-}
-
-// is_from tells whether a flow goes to this backend, which has no owner.
-static __always_inline int is_from(const struct flow *flow, const __u64 *peer)
-{
-	const __u64 *backend = flow->choice.backend;
-
-	return flow->key[0] && backend[0] >> 16 == peer[0] >> 16 && backend[1] == peer[1] && backend[2] == peer[2];
 }
 
 // name gives the key of the flow by which a socket has a peer, or returns false.

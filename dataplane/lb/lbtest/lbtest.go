@@ -220,6 +220,20 @@ func (p *Pod) ConnectFrom(tb testing.TB, network, host string, port int, address
 	return outcome
 }
 
+// Keep connects a UDP socket to address, which AskKept asks on, in place of the one before.
+func (p *Pod) Keep(tb testing.TB, network, address string) {
+	tb.Helper()
+	p.do(tb, "Keep", Target{Network: network, Address: address}, nil)
+}
+
+// AskKept asks once on the socket of Keep.
+func (p *Pod) AskKept(tb testing.TB) Outcome {
+	tb.Helper()
+	var outcome Outcome
+	p.do(tb, "AskKept", struct{}{}, &outcome)
+	return outcome
+}
+
 // Open opens the unconnected UDP socket that Exchange sends from, in place of the one before. On the network "udp6" it is a
 // socket of IPv6, which also talks to addresses of IPv4.
 func (p *Pod) Open(tb testing.TB, network string) {

@@ -39,6 +39,7 @@ type Orders struct {
 	stop    chan struct{}
 	outcome chan Outcome
 	socket  net.PacketConn // of Exchange
+	kept    net.Conn       // of AskKept
 }
 
 // A Target is what a pod listens at or connects to.
@@ -165,6 +166,19 @@ func (*Orders) ConnectFrom(o Origin, outcome *Outcome) error {
 	for _, conn := range conns {
 		outcome.add(askOn(conn, patience))
 	}
+	return nil
+}
+
+// Keep is the order of the same name.
+func (o *Orders) Keep(t Target, _ *struct{}) (err error) {
+	o.kept, err = dial(t.Network, t.Address, patience)
+	return err
+}
+
+// AskKept is the order of the same name.
+func (o *Orders) AskKept(_ struct{}, outcome *Outcome) error {
+	*outcome = newOutcome()
+	outcome.add(askOn(o.kept, patience))
 	return nil
 }
 

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+
+// What UDP sockets remember.
+
+#include "services.h"
+
+// Flows are the last that a UDP socket began. Each goes on to its backend while the Service has that. Of a socket that talks to
+// more Services at a time than there is room for, answers to the oldest come from its backend.
+#define FLOWS 8
+
+struct flows {
+	struct bpf_spin_lock lock; // threads may share the socket
+	__u32 next;                // counts flows; the oldest is replaced
+	__u32 last;                // the flow that was sent to last
+	struct flow flows[FLOWS];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct flows);
+} datagrams SEC(".maps");
+
+// keeps tells whether a flow's backend is one of its frontend's still.
+//
+// Subtle: that the service word is the same does not say that the backends are. After two changes it may be the one of before.
+static __always_inline int keeps(void *services, void *backends, const volatile __u64 *seeds, int words, struct flow *flow)
+{
+	const __u64 *entry = find(services, flow->key, words, hash_of(flow->key, seeds, words));
+	if (!entry)
+		return 0;
+	__u64 service = READ_ONCE(entry[words]);
+	if (service & RANGES)
+		return 0;
+	if (service == flow->choice.service) {
+		__u64 backend[KEY6] = {};
+
+		if (read_backend(backends, seeds, entry, words, flow->choice.index, backend) && same(backend, flow->choice.backend))
+			return 1;
+	}
+	flow->choice.service = service;
+	return has(words, entry, service, flow);
+}
+
+// is_from tells whether a flow goes to this backend, which has no owner.
+static __always_inline int is_from(const struct flow *flow, const __u64 *peer)
+{
+	const __u64 *backend = flow->choice.backend;
+
+	return flow->key[0] && backend[0] >> 16 == peer[0] >> 16 && backend[1] == peer[1] && backend[2] == peer[2];
+}
