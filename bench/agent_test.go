@@ -176,7 +176,7 @@ func TestAgentFlagsSayWhatToDo(t *testing.T) {
 }
 
 // needsConnectHook skips where the kernel cannot load the load balancer.
-func needsConnectHook(t *testing.T) {
+func needsConnectHook(t testing.TB) {
 	t.Helper()
 	b, err := lb.Load(lb.Options{Services: 1, Backends: 1})
 	if errors.Is(err, lb.ErrNotSupported) {
@@ -191,7 +191,7 @@ func needsConnectHook(t *testing.T) {
 }
 
 // mustNetNS makes a node: a network namespace with the backend's address and no way out.
-func mustNetNS(t *testing.T) *clusters.NetNS {
+func mustNetNS(t testing.TB) *clusters.NetNS {
 	t.Helper()
 	ns, err := clusters.NewNetNS()
 	if err != nil {
@@ -222,7 +222,18 @@ func mustNetNS(t *testing.T) *clusters.NetNS {
 }
 
 // mustAPI starts an API server and returns a client for this process, and a kubeconfig for programs in ns.
-func mustAPI(t *testing.T, bin string, ns *clusters.NetNS) (kubernetes.Interface, string) {
+func mustAPI(t testing.TB, bin string, ns *clusters.NetNS) (kubernetes.Interface, string) {
+	t.Helper()
+	control, kubeconfig := mustControlPlane(t, bin, ns)
+	client, err := kubernetes.NewForConfig(control.RESTConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client, kubeconfig
+}
+
+// mustControlPlane starts an API server, which programs in ns reach by the kubeconfig.
+func mustControlPlane(t testing.TB, bin string, ns *clusters.NetNS) (*lab.ControlPlane, string) {
 	t.Helper()
 	dir := t.TempDir()
 	control, err := lab.StartControlPlane(t.Context(), lab.ControlPlaneOptions{Name: fmt.Sprintf("test-agent-%d", os.Getpid()), Dir: dir, Bin: bin})
@@ -246,15 +257,11 @@ func mustAPI(t *testing.T, bin string, ns *clusters.NetNS) (kubernetes.Interface
 	if err := control.Kubeconfig(kubeconfig, "https://"+apiServer); err != nil {
 		t.Fatal(err)
 	}
-	client, err := kubernetes.NewForConfig(control.RESTConfig())
-	if err != nil {
-		t.Fatal(err)
-	}
-	return client, kubeconfig
+	return control, kubeconfig
 }
 
 // mustService creates a Service with the backend for its endpoint and returns the address that the API server gave it.
-func mustService(t *testing.T, client kubernetes.Interface, service string) netip.AddrPort {
+func mustService(t testing.TB, client kubernetes.Interface, service string) netip.AddrPort {
 	t.Helper()
 	created, err := client.CoreV1().Services("default").Create(t.Context(), &v1.Service{
 		ObjectMeta: metav1.ObjectMeta{Name: service}, Spec: v1.ServiceSpec{Ports: []v1.ServicePort{{Port: 80}}},
@@ -277,7 +284,7 @@ func mustService(t *testing.T, client kubernetes.Interface, service string) neti
 }
 
 // serve handles every connection to address in ns until the test ends.
-func serve(t *testing.T, ns *clusters.NetNS, address string, handle func(net.Conn)) {
+func serve(t testing.TB, ns *clusters.NetNS, address string, handle func(net.Conn)) {
 	t.Helper()
 	l, err := ns.Listen(t.Context(), address)
 	if err != nil {
@@ -299,15 +306,26 @@ func serve(t *testing.T, ns *clusters.NetNS, address string, handle func(net.Con
 }
 
 // startProgram starts plimsoll in ns and kills it after the test unless it has ended. A failed test prints what it said.
-func startProgram(t *testing.T, ns *clusters.NetNS, args ...string) *exec.Cmd {
+func startProgram(t testing.TB, ns *clusters.NetNS, args ...string) *exec.Cmd {
+	t.Helper()
+	var said bytes.Buffer
+	t.Cleanup(func() { // when it has ended
+		if t.Failed() {
+			t.Logf("plimsoll %s:\n%s", args[0], said.String())
+		}
+	})
+	return startProgramTo(t, ns, &said, args...)
+}
+
+// startProgramTo starts plimsoll in ns, which writes to out, and kills it after the test unless it has ended.
+func startProgramTo(t testing.TB, ns *clusters.NetNS, out io.Writer, args ...string) *exec.Cmd {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(self, args...)
-	var said bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &said, &said
+	cmd.Stdout, cmd.Stderr = out, out
 	if err := ns.Do(cmd.Start); err != nil {
 		t.Fatal(err)
 	}
@@ -316,15 +334,12 @@ func startProgram(t *testing.T, ns *clusters.NetNS, args ...string) *exec.Cmd {
 			cmd.Process.Kill()
 			cmd.Wait()
 		}
-		if t.Failed() {
-			t.Logf("plimsoll %s:\n%s", args[0], said.String())
-		}
 	})
 	return cmd
 }
 
 // mustClientPod starts the client of a pod, in ns and in cgroup.
-func mustClientPod(t *testing.T, ns *clusters.NetNS, cgroup string) *load.Driver {
+func mustClientPod(t testing.TB, ns *clusters.NetNS, cgroup string) *load.Driver {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
@@ -362,7 +377,7 @@ func mustClientPod(t *testing.T, ns *clusters.NetNS, cgroup string) *load.Driver
 }
 
 // get asks a server in ns for a page and returns an error unless it answers 200 with text in it.
-func get(t *testing.T, ns *clusters.NetNS, address, path, text string) error {
+func get(t testing.TB, ns *clusters.NetNS, address, path, text string) error {
 	t.Helper()
 	transport := &http.Transport{DialContext: ns.DialContext, DisableKeepAlives: true}
 	answer, err := (&http.Client{Transport: transport, Timeout: 5 * time.Second}).Get("http://" + address + path)
@@ -381,7 +396,7 @@ func get(t *testing.T, ns *clusters.NetNS, address, path, text string) error {
 }
 
 // eventually asks for a condition until it holds, which a busy machine may take a while for.
-func eventually(t *testing.T, what string, condition func() error) {
+func eventually(t testing.TB, what string, condition func() error) {
 	t.Helper()
 	tick, late := time.NewTicker(10*time.Millisecond), time.After(30*time.Second)
 	defer tick.Stop()

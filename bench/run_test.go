@@ -46,7 +46,7 @@ func mustRun(t *testing.T, args ...string) (stdout, stderr string) {
 }
 
 // needsLab skips where a lab cannot run and returns the folder of its programs.
-func needsLab(t *testing.T) string {
+func needsLab(t testing.TB) string {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("stands up a lab: not in -short")
