@@ -46,12 +46,7 @@ func mustOpen(t *testing.T) (kubernetes.Interface, []node) {
 		t.Skip("stands up a lab: not in -short")
 	}
 	bin := labtest.Bin(t, "../bin")
-	// Built here, so that the test is of this source and not of whatever lies in bin/.
-	program := filepath.Join(t.TempDir(), "plimsoll")
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", program, "../bench").CombinedOutput(); err != nil {
-		t.Fatalf("build plimsoll: %v\n%s", err, out)
-	}
-	plan := clusters.Plan{Name: fmt.Sprintf("test-modes-%d", os.Getpid()), Dir: t.TempDir(), Bin: bin, Program: program}
+	plan := clusters.Plan{Name: fmt.Sprintf("test-modes-%d", os.Getpid()), Dir: t.TempDir(), Bin: bin, Program: mustBuild(t)}
 	for _, m := range dataplane.Modes {
 		if m.Floor() == "" {
 			continue
@@ -97,6 +92,16 @@ func mustOpen(t *testing.T) (kubernetes.Interface, []node) {
 		t.Fatal(err)
 	}
 	return client, nodes
+}
+
+// mustBuild builds plimsoll, so that a test is of this source and not of whatever lies in bin/.
+func mustBuild(t *testing.T) string {
+	t.Helper()
+	program := filepath.Join(t.TempDir(), "plimsoll")
+	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", program, "../bench").CombinedOutput(); err != nil {
+		t.Fatalf("build plimsoll: %v\n%s", err, out)
+	}
+	return program
 }
 
 // await asks the Service n times on every node until what the clients see is as wanted.

@@ -430,7 +430,25 @@ func (s *syncer) changeOf(frontend lb.Frontend, c claimant) lb.Change {
 		}
 		change.Backends = append(change.Backends, netip.AddrPortFrom(address, uint16(endpoint.Port())))
 	}
+	if frontend.Protocol == lb.UDP {
+		change.Lingering = s.lingering(name, change.Backends)
+	}
 	return change
+}
+
+// lingering are the endpoints that serve, and are not among those that new flows go to. kube-proxy leaves flows to them, too.
+func (s *syncer) lingering(name proxy.ServicePortName, backends []netip.AddrPort) []netip.AddrPort {
+	var all []netip.AddrPort
+	for _, endpoint := range s.endpointsOf[name] {
+		address, err := netip.ParseAddr(endpoint.IP())
+		if err != nil || !lb.IsHost(address) || !endpoint.IsServing() {
+			continue
+		}
+		if backend := netip.AddrPortFrom(address, uint16(endpoint.Port())); !slices.Contains(backends, backend) {
+			all = append(all, backend)
+		}
+	}
+	return all
 }
 
 // noteLocal counts a port that lacks local endpoints by a policy, or no longer does, and returns which.

@@ -53,7 +53,7 @@ func dumpRanges(path string, all []Change) error {
 		return err
 	}
 	defer m.Close()
-	r := newRanges()
+	r := newAnnex(rangeKeyOf)
 	r.programs = m
 	if err := r.takeOver(); err != nil {
 		return err

@@ -22,7 +22,31 @@ struct {
 	__type(value, struct flows);
 } datagrams SEC(".maps");
 
-// keeps tells whether a flow's backend is one of its frontend's still.
+// A linger is a backend that a frontend gives to no new flow, but leaves to those that have it, as one that terminates and serves still.
+struct linger {
+	__u64 key[KEY6];
+	__u64 backend[KEY6]; // without an owner
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct linger);
+	__type(value, __u8);
+	__uint(max_entries, 1 << 16);
+} lingering SEC(".maps");
+
+static __always_inline int lingers(const struct flow *flow)
+{
+	struct linger linger;
+
+	copy(linger.key, flow->key);
+	copy(linger.backend, flow->choice.backend);
+	linger.backend[0] &= ~0xffffULL;
+	return bpf_map_lookup_elem(&lingering, &linger) != NULL;
+}
+
+// keeps tells whether a flow's backend is one of its frontend's still, or lingers there.
 //
 // Subtle: that the service word is the same does not say that the backends are. After two changes it may be the one of before.
 static __always_inline int keeps(void *services, void *backends, const volatile __u64 *seeds, int words, struct flow *flow)
@@ -40,7 +64,11 @@ static __always_inline int keeps(void *services, void *backends, const volatile 
 			return 1;
 	}
 	flow->choice.service = service;
-	return has(words, entry, service, flow);
+	if (has(words, entry, service, flow))
+		return 1;
+	// Subtle: where the backend was found before, what is left of a former set may stand still.
+	flow->choice.service = 0;
+	return lingers(flow);
 }
 
 // is_from tells whether a flow goes to this backend, which has no owner.

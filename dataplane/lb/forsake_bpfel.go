@@ -20,6 +20,7 @@ const (
 	forsakeMapBackends4  = "backends4"
 	forsakeMapBackends6  = "backends6"
 	forsakeMapDatagrams  = "datagrams"
+	forsakeMapLingering  = "lingering"
 	forsakeMapServices4  = "services4"
 	forsakeMapServices6  = "services6"
 	forsakeProgForsake   = "forsake"
@@ -81,6 +82,7 @@ type forsakeMapSpecs struct {
 	Backends4  *ebpf.MapSpec `ebpf:"backends4"`
 	Backends6  *ebpf.MapSpec `ebpf:"backends6"`
 	Datagrams  *ebpf.MapSpec `ebpf:"datagrams"`
+	Lingering  *ebpf.MapSpec `ebpf:"lingering"`
 	Services4  *ebpf.MapSpec `ebpf:"services4"`
 	Services6  *ebpf.MapSpec `ebpf:"services6"`
 }
@@ -118,6 +120,7 @@ type forsakeMaps struct {
 	Backends4  *ebpf.Map `ebpf:"backends4"`
 	Backends6  *ebpf.Map `ebpf:"backends6"`
 	Datagrams  *ebpf.Map `ebpf:"datagrams"`
+	Lingering  *ebpf.Map `ebpf:"lingering"`
 	Services4  *ebpf.Map `ebpf:"services4"`
 	Services6  *ebpf.Map `ebpf:"services6"`
 }
@@ -128,6 +131,7 @@ func (m *forsakeMaps) Close() error {
 		m.Backends4,
 		m.Backends6,
 		m.Datagrams,
+		m.Lingering,
 		m.Services4,
 		m.Services6,
 	)

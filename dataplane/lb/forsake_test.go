@@ -4,6 +4,7 @@ package lb_test
 
 import (
 	"errors"
+	"net/netip"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -30,13 +31,18 @@ func TestForsake(t *testing.T) {
 		mustSync(t, b, to(udp(g.vip), g.second, g.first))
 		forsake()
 		wantAnswers(t, pod.AskKept(t), 1, g.first)
+		lingers := to(udp(g.vip), g.second)
+		lingers.Lingering = []netip.AddrPort{netip.MustParseAddrPort(g.first)}
+		mustSync(t, b, lingers)
+		forsake()
+		wantAnswers(t, pod.AskKept(t), 1, g.first)
 
 		network := g.udp
 		if network == "udp" && g.name == "IPv6" {
 			network = "udp6"
 		}
 		pod.Open(t, network)
-		wantAnswers(t, pod.Exchange(t, g.vip, 1), 1, g.first, g.second)
+		wantAnswers(t, pod.Exchange(t, g.vip, 1), 1, g.second)
 		mustSync(t, b, to(udp(g.vip), g.second))
 		wantAnswers(t, pod.AskKept(t), 1, g.first) // sending alone asks nobody
 		forsake()

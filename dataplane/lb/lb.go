@@ -116,7 +116,8 @@ type Balancer struct {
 	links      []link.Link       // one for each hook; nil until Attach
 	devices    map[int]link.Link // by index
 	ipv4, ipv6 *family
-	ranges     *ranges
+	ranges     *annex[netip.Prefix, rangeKey]
+	lingering  *annex[netip.AddrPort, lingerKey]
 }
 
 // families lists those that are there: both, once Load has succeeded.
@@ -152,7 +153,7 @@ func Load(options Options) (_ *Balancer, err error) {
 	if err := options.validate(); err != nil {
 		return nil, err
 	}
-	b := &Balancer{options: options.withDefaults(), devices: make(map[int]link.Link), ranges: newRanges()}
+	b := &Balancer{options: options.withDefaults(), devices: make(map[int]link.Link), ranges: newAnnex(rangeKeyOf), lingering: newAnnex(lingerKeyOf)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, b.Close())
@@ -208,7 +209,8 @@ func Load(options Options) (_ *Balancer, err error) {
 			return nil, err
 		}
 	}
-	for name, m := range map[string]**ebpf.Map{packetMapInsiders: &b.insiders, packetMapClusterIps: &b.clusterIPs, packetMapRanges: &b.ranges.programs} {
+	for name, m := range map[string]**ebpf.Map{packetMapInsiders: &b.insiders, packetMapClusterIps: &b.clusterIPs, packetMapRanges: &b.ranges.programs,
+		socketMapLingering: &b.lingering.programs} {
 		if *m, err = maps[name].Clone(); err != nil {
 			return nil, err
 		}
@@ -221,7 +223,7 @@ func Load(options Options) (_ *Balancer, err error) {
 			return nil, fmt.Errorf("maps in %s: %w (delete the folder)", b.pinDir(), err)
 		}
 	}
-	return b, b.ranges.takeOver()
+	return b, errors.Join(b.ranges.takeOver(), b.lingering.takeOver())
 }
 
 // tableConstants are the constants by which programs find frontends.
@@ -265,6 +267,7 @@ func (b *Balancer) openMaps(specs ...*ebpf.CollectionSpec) (_ map[string]*ebpf.M
 		packetMapInsiders:   maxPrefixes,
 		packetMapClusterIps: maxPrefixes,
 		packetMapRanges:     b.options.Services,
+		socketMapLingering:  b.options.Services,
 	}
 	pin := ebpf.MapOptions{}
 	if b.options.PinDir != "" {
@@ -436,7 +439,7 @@ func (b *Balancer) Close() error {
 	for _, f := range b.families() {
 		errs = append(errs, f.close())
 	}
-	for _, m := range []*ebpf.Map{b.insiders, b.clusterIPs, b.ranges.programs} {
+	for _, m := range []*ebpf.Map{b.insiders, b.clusterIPs, b.ranges.programs, b.lingering.programs} {
 		errs = append(errs, m.Close())
 	}
 	return errors.Join(append(errs, b.objects.Close(), b.packets.Close(), b.forsake.Close())...)

@@ -204,6 +204,12 @@ func TestUnconnected(t *testing.T) {
 		wantPeer(t, got, g.neighbour)
 		wantPeer(t, pod.Exchange(t, g.vip, 5), g.vip)
 
+		// It gets no new flows, but those that go there stay.
+		lingers := to(udp(g.vip), g.last)
+		lingers.Lingering = []netip.AddrPort{netip.MustParseAddrPort(chosen)}
+		mustSync(t, b, lingers)
+		wantAnswers(t, pod.Exchange(t, g.vip, 10), 10, chosen)
+		wantAnswers(t, pod.Connect(t, g.udp, g.vip, 10), 10, g.last)
 		mustSync(t, b, to(udp(g.vip), g.last))
 		got = pod.Exchange(t, g.vip, 10)
 		wantAnswers(t, got, 10, g.last)

@@ -62,8 +62,8 @@ func setPrefixes(m *ebpf.Map, prefixes []netip.Prefix) error {
 	return nil
 }
 
-func explainPut(m *ebpf.Map, p netip.Prefix, err error) error {
-	if errors.Is(err, unix.ENOSPC) {
+func explainPut(m *ebpf.Map, p any, err error) error {
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.E2BIG) {
 		err = ErrFull
 	}
 	return fmt.Errorf("add %v to %v: %w", p, m, err)
@@ -94,62 +94,87 @@ func (r rangeKey) prefix(f Frontend) netip.Prefix {
 	return netip.PrefixFrom(address, length)
 }
 
-// ranges are where the clients of frontends are admitted from.
-type ranges struct {
-	programs *ebpf.Map
-	of       map[Frontend][]netip.Prefix
+func (r rangeKey) item() (Frontend, netip.Prefix) {
+	f := r.Key.frontend()
+	return f, r.prefix(f)
 }
 
-func newRanges() *ranges { return &ranges{of: make(map[Frontend][]netip.Prefix)} }
+// A lingerKey is a backend that lingers at a frontend: struct linger in flows.h.
+type lingerKey struct {
+	Key, Backend key
+}
+
+func lingerKeyOf(f Frontend, backend netip.AddrPort) lingerKey {
+	return lingerKey{keyOf(f), backendKeyOf(backend)}
+}
+
+func (l lingerKey) item() (Frontend, netip.AddrPort) {
+	f := l.Key.frontend()
+	words := l.Backend[:]
+	if f.Address.Addr().Is4() {
+		words = words[:slotWords4]
+	}
+	return f, backendOf(words)
+}
+
+// An annex is what programs know of frontends besides their entries, in a map of its own whose keys are a frontend and one thing each.
+type annex[T comparable, K interface{ item() (Frontend, T) }] struct {
+	programs *ebpf.Map
+	keyOf    func(Frontend, T) K
+	of       map[Frontend][]T
+}
+
+func newAnnex[T comparable, K interface{ item() (Frontend, T) }](keyOf func(Frontend, T) K) *annex[T, K] {
+	return &annex[T, K]{keyOf: keyOf, of: make(map[Frontend][]T)}
+}
 
 // takeOver learns what the map holds.
-func (r *ranges) takeOver() error {
-	var key rangeKey
+func (a *annex[T, K]) takeOver() error {
+	var k K
 	var value uint8
-	all := r.programs.Iterate()
-	for all.Next(&key, &value) {
-		f := key.Key.frontend()
-		r.of[f] = append(r.of[f], key.prefix(f))
+	all := a.programs.Iterate()
+	for all.Next(&k, &value) {
+		f, item := k.item()
+		a.of[f] = append(a.of[f], item)
 	}
 	if err := all.Err(); err != nil {
-		return fmt.Errorf("read %v: %w", r.programs, err)
+		return fmt.Errorf("read %v: %w", a.programs, err)
 	}
 	return nil
 }
 
-// add admits clients of these, too.
-func (r *ranges) add(f Frontend, prefixes []netip.Prefix) error {
-	for _, p := range prefixes {
-		p = p.Masked()
-		if slices.Contains(r.of[f], p) {
+// add has the programs know these, too.
+func (a *annex[T, K]) add(f Frontend, items []T) error {
+	for _, item := range items {
+		if slices.Contains(a.of[f], item) {
 			continue
 		}
-		if err := r.programs.Put(rangeKeyOf(f, p), uint8(1)); err != nil {
-			return explainPut(r.programs, p, err)
+		if err := a.programs.Put(a.keyOf(f, item), uint8(1)); err != nil {
+			return explainPut(a.programs, item, err)
 		}
-		r.of[f] = append(r.of[f], p)
+		a.of[f] = append(a.of[f], item)
 	}
 	return nil
 }
 
-// keep admits clients of these alone.
-func (r *ranges) keep(f Frontend, prefixes []netip.Prefix) error {
+// keep has the programs know these alone.
+func (a *annex[T, K]) keep(f Frontend, items []T) error {
 	var errs []error
-	left := slices.DeleteFunc(r.of[f], func(p netip.Prefix) bool {
-		if slices.ContainsFunc(prefixes, func(other netip.Prefix) bool { return other.Masked() == p }) {
+	left := slices.DeleteFunc(a.of[f], func(item T) bool {
+		if slices.Contains(items, item) {
 			return false
 		}
-		err := r.programs.Delete(rangeKeyOf(f, p))
+		err := a.programs.Delete(a.keyOf(f, item))
 		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			errs = append(errs, fmt.Errorf("remove %v from %v: %w", p, r.programs, err))
+			errs = append(errs, fmt.Errorf("remove %v from %v: %w", item, a.programs, err))
 			return false
 		}
 		return true
 	})
 	if len(left) > 0 {
-		r.of[f] = left
+		a.of[f] = left
 	} else {
-		delete(r.of, f)
+		delete(a.of, f)
 	}
 	return errors.Join(errs...)
 }

@@ -20,7 +20,7 @@ func someSnapshot() Snapshot {
 			Backends: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.1:8080")}, Affinity: Affinity{ID: 7, Timeout: time.Hour},
 			Masquerade: true, Ranges: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")},
 		},
-		{Frontend: Frontend{Address: netip.MustParseAddrPort("[fd00::1]:53"), Protocol: UDP}, Drop: true},
+		{Frontend: Frontend{Address: netip.MustParseAddrPort("[fd00::1]:53"), Protocol: UDP}, Drop: true, Lingering: []netip.AddrPort{netip.MustParseAddrPort("[fd00::2]:53")}},
 	}}
 }
 
@@ -105,7 +105,7 @@ func FuzzSnapshot(f *testing.F) {
 		if err := balancer.Sync(held); err != nil {
 			t.Errorf("what was published cannot be withdrawn: %v", err)
 		}
-		if ipv4, ipv6 := balancer.Counts(); ipv4.Services+ipv6.Services > 0 || len(balancer.ranges.of) > 0 {
+		if ipv4, ipv6 := balancer.Counts(); ipv4.Services+ipv6.Services > 0 || len(balancer.ranges.of)+len(balancer.lingering.of) > 0 {
 			t.Errorf("something is left: %+v, %+v, %v", ipv4, ipv6, balancer.ranges.of)
 		}
 	})

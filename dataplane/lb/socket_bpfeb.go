@@ -20,6 +20,7 @@ const (
 	socketMapBackends4     = "backends4"
 	socketMapBackends6     = "backends6"
 	socketMapDatagrams     = "datagrams"
+	socketMapLingering     = "lingering"
 	socketMapServices4     = "services4"
 	socketMapServices6     = "services6"
 	socketMapStreams       = "streams"
@@ -97,6 +98,7 @@ type socketMapSpecs struct {
 	Backends4  *ebpf.MapSpec `ebpf:"backends4"`
 	Backends6  *ebpf.MapSpec `ebpf:"backends6"`
 	Datagrams  *ebpf.MapSpec `ebpf:"datagrams"`
+	Lingering  *ebpf.MapSpec `ebpf:"lingering"`
 	Services4  *ebpf.MapSpec `ebpf:"services4"`
 	Services6  *ebpf.MapSpec `ebpf:"services6"`
 	Streams    *ebpf.MapSpec `ebpf:"streams"`
@@ -136,6 +138,7 @@ type socketMaps struct {
 	Backends4  *ebpf.Map `ebpf:"backends4"`
 	Backends6  *ebpf.Map `ebpf:"backends6"`
 	Datagrams  *ebpf.Map `ebpf:"datagrams"`
+	Lingering  *ebpf.Map `ebpf:"lingering"`
 	Services4  *ebpf.Map `ebpf:"services4"`
 	Services6  *ebpf.Map `ebpf:"services6"`
 	Streams    *ebpf.Map `ebpf:"streams"`
@@ -147,6 +150,7 @@ func (m *socketMaps) Close() error {
 		m.Backends4,
 		m.Backends6,
 		m.Datagrams,
+		m.Lingering,
 		m.Services4,
 		m.Services6,
 		m.Streams,

@@ -28,6 +28,8 @@ type Change struct {
 	// Ranges are where clients are admitted from; others have their packets dropped. None admits all. With ranges connects are
 	// not translated, and packets are.
 	Ranges []netip.Prefix
+	// Lingering are backends that no new flow goes to, but those over UDP that go there may stay, at the socket. Elsewhere conntrack decides.
+	Lingering []netip.AddrPort
 }
 
 // flags are those that the word of a change has, but for that of affinity.
@@ -102,18 +104,25 @@ func (b *Balancer) change(c Change, now time.Time) error {
 	f := b.familyOf(c.Frontend)
 	if c.Withdraw {
 		f.withdraw(c, now)
-		return b.ranges.keep(c.Frontend, nil)
+		return errors.Join(b.ranges.keep(c.Frontend, nil), b.lingering.keep(c.Frontend, nil))
 	}
-	// Who is admitted is known before the frontend is, and forgotten after.
-	before := slices.Clone(b.ranges.of[c.Frontend])
-	err := b.ranges.add(c.Frontend, c.Ranges)
+	c.Ranges, c.Lingering = slices.Clone(c.Ranges), slices.Clone(c.Lingering)
+	for i, r := range c.Ranges {
+		c.Ranges[i] = r.Masked()
+	}
+	for i, l := range c.Lingering {
+		c.Lingering[i] = netip.AddrPortFrom(l.Addr().Unmap(), l.Port())
+	}
+	// Who is admitted, and what lingers, is known before the frontend is, and forgotten after.
+	ranges, lingering := slices.Clone(b.ranges.of[c.Frontend]), slices.Clone(b.lingering.of[c.Frontend])
+	err := errors.Join(b.ranges.add(c.Frontend, c.Ranges), b.lingering.add(c.Frontend, c.Lingering))
 	if err == nil {
 		err = f.publish(c, now)
 	}
 	if err != nil {
-		return errors.Join(err, b.ranges.keep(c.Frontend, before))
+		return errors.Join(err, b.ranges.keep(c.Frontend, ranges), b.lingering.keep(c.Frontend, lingering))
 	}
-	return b.ranges.keep(c.Frontend, c.Ranges)
+	return errors.Join(b.ranges.keep(c.Frontend, c.Ranges), b.lingering.keep(c.Frontend, c.Lingering))
 }
 
 // Frontends lists what is published, in no order. Sync must not be called meanwhile.
@@ -151,6 +160,7 @@ func (b *Balancer) Changes() ([]Change, error) {
 	}
 	for i := range all {
 		all[i].Ranges = slices.Clone(b.ranges.of[all[i].Frontend])
+		all[i].Lingering = slices.Clone(b.lingering.of[all[i].Frontend])
 	}
 	return all, nil
 }
@@ -180,7 +190,7 @@ func (c Change) check() error {
 	if c.Affinity.ID > maxAffinity || c.Affinity.Timeout < 0 || c.Affinity.Timeout > maxAffinity {
 		return fmt.Errorf("affinity %+v: want an ID of 48 bits and a timeout of at most %v", c.Affinity, time.Duration(maxAffinity))
 	}
-	for _, backend := range c.Backends {
+	for _, backend := range slices.Concat(c.Backends, c.Lingering) {
 		if err := checkAddress("backend", backend); err != nil {
 			return err
 		}

@@ -178,22 +178,32 @@ const (
 type slot [slotWords6]uint64
 
 func (t *table) slotOf(backend netip.AddrPort, owner uint64) (s slot) {
-	var port [2]byte
-	binary.BigEndian.PutUint16(port[:], backend.Port())
-	s[0] = uint64(binary.NativeEndian.Uint16(port[:]))<<16 | owner
-	address := backend.Addr().Unmap()
-	if address.Is4() {
-		four := address.As4()
-		s[0] |= uint64(binary.NativeEndian.Uint32(four[:])) << 32
-		return s
+	words := backendKeyOf(backend)
+	copy(s[:], words[:])
+	s[0] |= owner
+	if backend.Addr().Unmap().Is6() {
+		s[3] = t.hash(key(s[:keyWords6]))
 	}
-	sixteen := address.As16()
-	s[1], s[2] = binary.NativeEndian.Uint64(sixteen[:8]), binary.NativeEndian.Uint64(sixteen[8:])
-	s[3] = t.hash(key(s[:keyWords6]))
 	return s
 }
 
-// backendOf is what slotOf was given: a slot of IPv4 has one word.
+// backendKeyOf is a backend as a slot has it, without an owner and a hash.
+func backendKeyOf(backend netip.AddrPort) (k key) {
+	var port [2]byte
+	binary.BigEndian.PutUint16(port[:], backend.Port())
+	k[0] = uint64(binary.NativeEndian.Uint16(port[:])) << 16
+	address := backend.Addr().Unmap()
+	if address.Is4() {
+		four := address.As4()
+		k[0] |= uint64(binary.NativeEndian.Uint32(four[:])) << 32
+		return k
+	}
+	sixteen := address.As16()
+	k[1], k[2] = binary.NativeEndian.Uint64(sixteen[:8]), binary.NativeEndian.Uint64(sixteen[8:])
+	return k
+}
+
+// backendOf is what slotOf or backendKeyOf was given: one of IPv4 has one word.
 func backendOf(s []uint64) netip.AddrPort {
 	var port [2]byte
 	binary.NativeEndian.PutUint16(port[:], uint16(s[0]>>16))
