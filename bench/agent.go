@@ -81,7 +81,7 @@ folder is deleted.`,
 	flags.DurationVar(&cfg.MinSyncPeriod, "min-sync-period", agent.DefaultMinSyncPeriod, "least time between two syncs")
 	flags.StringVar(&cfg.HealthzBindAddress, "healthz-bind-address", agent.DefaultHealthzBindAddress, "`address:port` of /healthz and /livez; empty: none")
 	flags.StringVar(&cfg.MetricsBindAddress, "metrics-bind-address", agent.DefaultMetricsBindAddress, "`address:port` of /metrics; empty: none")
-	flags.IntVar(&cfg.LB.Services, "services-capacity", lb.DefaultServices, "most frontends (address, port, protocol) of each IP version at a time")
+	flags.IntVar(&cfg.LB.Services, "services-capacity", lb.DefaultServices, "most frontends (address, port, protocol) of each IP version at a time, as clients inside the cluster see them")
 	flags.IntVar(&cfg.LB.Backends, "backends-capacity", lb.DefaultBackends, "most backends of each IP version, not counting those of IPv4 frontends with up to three, rounded up to a power of two")
 	flags.IntVar(&cfg.LB.Affinities, "affinity-capacity", lb.DefaultAffinities, "clients that are remembered for Services with ClientIP affinity, each Service counted apart")
 	flags.BoolVar(&cfg.LB.PeerNames, "peer-names", false, "have getpeername(2) name the Service on TCP sockets too, at a cost for each connect")

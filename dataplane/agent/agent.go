@@ -6,13 +6,14 @@
 // from kube-proxy is the dataplane. It is the only package that knows k8s.io/kubernetes.
 //
 // It carries what processes on the node connect and send to, at their sockets, and what arrives at the node's devices, by conntrack's
-// NAT; over IPv4 and IPv6, TCP and UDP. SCTP is left alone.
+// NAT; over IPv4 and IPv6, TCP and UDP, and SCTP by packets alone.
 package agent
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path"
 	"sync"
 	"sync/atomic"
@@ -99,6 +100,11 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if cfg.MinSyncPeriod == 0 {
 		cfg.MinSyncPeriod = DefaultMinSyncPeriod
 	}
+	if cfg.LB.PinDir != "" {
+		if err := os.MkdirAll(cfg.LB.PinDir, 0o700); err != nil {
+			return fmt.Errorf("agent: pin folder: %w", err)
+		}
+	}
 	held, err := lockNode(cfg)
 	if err != nil {
 		return err
@@ -112,11 +118,25 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, balancer.Close()) }()
+	if err := balancer.KeepNAT(); err != nil { // frontends over SCTP want it
+		return err
+	}
 	if cfg.Snapshot != "" {
 		restore(balancer, cfg.Snapshot, cfg.NodeName)
 	}
 	if cfg.Cgroup != "" {
 		if err := balancer.Attach(cfg.Cgroup); err != nil {
+			return err
+		}
+	}
+	// What a former agent attached to and this one does not would go on.
+	if cfg.Cgroup == "" {
+		if err := balancer.ReleaseHooks(); err != nil {
+			return err
+		}
+	}
+	if len(cfg.Devices) == 0 {
+		if err := balancer.KeepDevices(); err != nil {
 			return err
 		}
 	}
@@ -150,6 +170,9 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		syncers = append(syncers, newSyncer(cfg, family, balancer, network, status, save, sweep, func() {
 			if unsynced.Add(-1) > 0 {
 				return
+			}
+			if network != nil {
+				network.carries()
 			}
 			if err := balancer.Supersede(); err != nil {
 				klog.ErrorS(err, "A former agent's programs go on translating", "pinDir", cfg.LB.PinDir)

@@ -8,6 +8,7 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
 
 	"github.com/plimsoll-bench/plimsoll/dataplane/lb"
 )
@@ -18,7 +19,7 @@ var ErrOtherAgent = errors.New("another agent is on this node: end it first")
 // locks are files that one agent at a time may hold: the kernel lets go of them when the process ends, however it does.
 type locks []*os.File
 
-// lockNode has this agent be the only one on its cgroup, its devices' network namespace and its pins.
+// lockNode has this agent be the only one on its cgroup and its pins, and warns if it may not be in its devices' network namespace.
 func lockNode(cfg Config) (_ locks, err error) {
 	var held locks
 	defer func() {
@@ -36,17 +37,18 @@ func lockNode(cfg Config) (_ locks, err error) {
 		if path == "" {
 			continue
 		}
-		if what == "pin folder" {
-			if err := os.MkdirAll(path, 0o700); err != nil {
-				return held, fmt.Errorf("agent: %s: %w", what, err)
-			}
-		}
 		file, err := os.Open(path)
+		if errors.Is(err, os.ErrNotExist) {
+			continue // who is to use it says so, or nobody was here yet
+		}
 		if err != nil {
 			return held, fmt.Errorf("agent: %s: %w", what, err)
 		}
 		held = append(held, file)
-		if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) && what == "network namespace" {
+			// Any process there may hold this one, without rights.
+			klog.InfoS("The network namespace is locked: another agent may be at work there", "path", path)
+		} else if errors.Is(err, unix.EWOULDBLOCK) {
 			return held, fmt.Errorf("agent: %s %s: %w", what, path, ErrOtherAgent)
 		} else if err != nil {
 			return held, fmt.Errorf("agent: lock the %s %s: %w", what, path, err)

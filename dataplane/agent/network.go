@@ -6,12 +6,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
 	"path"
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -72,7 +73,12 @@ type network struct {
 	balancer *lb.Balancer
 	work     chan func()
 	done     chan struct{}
-	attached map[int]string // names of devices by index; of the thread's own
+
+	mu       sync.Mutex // guards what follows
+	cidrs    []string   // nil until they are known
+	complete bool       // whether all Services are carried
+
+	attached map[int]attachment // by the device's index; of the thread's own
 }
 
 var (
@@ -82,8 +88,8 @@ var (
 
 // startNetwork attaches the packet programs to the devices that are there, and to those that come until ctx ends.
 func startNetwork(ctx context.Context, cfg Config, balancer *lb.Balancer) (*network, error) {
-	n := &network{cfg: cfg, balancer: balancer, work: make(chan func()), done: make(chan struct{}), attached: make(map[int]string)}
-	if cfg.Local.Mode == ClusterCIDR {
+	n := &network{cfg: cfg, balancer: balancer, work: make(chan func()), done: make(chan struct{}), attached: make(map[int]attachment)}
+	if cfg.Local.Mode != NodeCIDR { // else what a former agent knew is true until the node has been seen
 		if err := balancer.SetInsiders(cfg.Local.CIDRs); err != nil {
 			return nil, err
 		}
@@ -108,9 +114,6 @@ func (n *network) run(ctx context.Context, started chan<- error) {
 	// Subtle: watched before they are listed, so that none is missed.
 	err := n.enter()
 	if err == nil {
-		err = n.balancer.KeepNAT()
-	}
-	if err == nil {
 		err = n.watch(links, stop)
 	}
 	if err == nil {
@@ -124,6 +127,8 @@ func (n *network) run(ctx context.Context, started chan<- error) {
 		go drain(links)
 		return
 	}
+	canary := time.NewTicker(canaryPeriod)
+	defer canary.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -131,6 +136,8 @@ func (n *network) run(ctx context.Context, started chan<- error) {
 			return
 		case f := <-n.work:
 			f()
+		case <-canary.C:
+			n.restoreNAT()
 		case update, open := <-links:
 			if !open {
 				// The kernel dropped messages, or the socket broke: what there is tells all that was missed.
@@ -143,6 +150,21 @@ func (n *network) run(ctx context.Context, started chan<- error) {
 			}
 			n.linkChanged(update)
 		}
+	}
+}
+
+// canaryPeriod is how often the nftables table is looked for. kube-proxy looks for its iptables chains every 30 s.
+const canaryPeriod = 10 * time.Second
+
+// restoreNAT brings the nftables table back after somebody has flushed all rules.
+func (n *network) restoreNAT() {
+	has, err := n.balancer.HasNAT()
+	if err == nil && !has {
+		klog.InfoS("The agent's nftables table was removed by somebody: installed anew")
+		err = n.balancer.KeepNAT()
+	}
+	if err != nil {
+		klog.ErrorS(err, "The agent's nftables table may be missing: packets are not translated without it")
 	}
 }
 
@@ -168,7 +190,13 @@ func (n *network) enter() error {
 }
 
 func (n *network) watch(links chan netlink.LinkUpdate, stop <-chan struct{}) error {
-	options := netlink.LinkSubscribeOptions{ErrorCallback: func(err error) { klog.ErrorS(err, "Devices watched anew") }}
+	options := netlink.LinkSubscribeOptions{ErrorCallback: func(err error) {
+		select {
+		case <-stop: // which ends it by an error
+		default:
+			klog.ErrorS(err, "Devices are watched anew")
+		}
+	}}
 	if err := netlink.LinkSubscribeWithOptions(links, stop, options); err != nil {
 		return fmt.Errorf("watch devices: %w", err)
 	}
@@ -188,6 +216,9 @@ func (n *network) attachAll() error {
 }
 
 func (n *network) linkChanged(update netlink.LinkUpdate) {
+	if update.IfInfomsg.Family != unix.AF_UNSPEC {
+		return // a bridge's, about a port that comes or goes: the device is there all the same
+	}
 	attrs := update.Link.Attrs()
 	var err error
 	if update.Header.Type == unix.RTM_DELLINK {
@@ -201,12 +232,32 @@ func (n *network) linkChanged(update netlink.LinkUpdate) {
 	}
 }
 
-// attach attaches to a device that is wanted and was not attached to before.
+// An attachment is what a device was when its program was attached.
+type attachment struct {
+	name string
+	pods bool
+}
+
+// attach attaches to a device that is wanted, and detaches from one that is no more. One that has become another, as a port of a bridge, is
+// attached to anew.
 func (n *network) attach(attrs *netlink.LinkAttrs) error {
-	if n.attached[attrs.Index] != "" || attrs.Flags&unix.IFF_LOOPBACK != 0 || !n.wants(attrs.Name) {
+	was, is := n.attached[attrs.Index]
+	now := attachment{attrs.Name, n.isOfPods(attrs)}
+	wanted := attrs.Flags&unix.IFF_LOOPBACK == 0 && n.wants(attrs.Name)
+	if is && wanted && was.pods == now.pods {
+		n.attached[attrs.Index] = now
 		return nil
 	}
-	err := n.balancer.AttachDevice(lb.Device{Index: attrs.Index, Pods: n.isOfPods(attrs)})
+	if is {
+		delete(n.attached, attrs.Index)
+		if err := n.balancer.DetachDevice(attrs.Index); err != nil {
+			return fmt.Errorf("%s: %w", attrs.Name, err)
+		}
+	}
+	if !wanted {
+		return nil
+	}
+	err := n.balancer.AttachDevice(lb.Device{Index: attrs.Index, Pods: now.pods})
 	if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EINVAL) {
 		if _, gone := netlink.LinkByIndex(attrs.Index); gone != nil {
 			return nil
@@ -215,8 +266,8 @@ func (n *network) attach(attrs *netlink.LinkAttrs) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", attrs.Name, err)
 	}
-	n.attached[attrs.Index] = attrs.Name
-	klog.V(2).InfoS("Device attached to", "device", attrs.Name)
+	n.attached[attrs.Index] = now
+	klog.V(2).InfoS("Device attached to", "device", attrs.Name, "pods", now.pods)
 	return nil
 }
 
@@ -245,7 +296,7 @@ func (n *network) isOfPods(attrs *netlink.LinkAttrs) bool {
 	return false
 }
 
-// OnNodeAdd, OnNodeUpdate and OnNodeSynced are told what the node is: where its pods are, in mode NodeCIDR.
+// OnNodeChange is told what the node is: where its pods are, in mode NodeCIDR.
 func (n *network) OnNodeChange(node *v1.Node) {
 	if n.cfg.Local.Mode == NodeCIDR {
 		setPrefixes("Pod CIDRs of the node", node.Spec.PodCIDRs, n.balancer.SetInsiders)
@@ -257,7 +308,24 @@ func (n *network) OnNodeSynced()         {}
 
 // OnServiceCIDRsChanged is told where ClusterIPs are.
 func (n *network) OnServiceCIDRsChanged(cidrs []string) {
-	setPrefixes("Service CIDRs", cidrs, n.balancer.SetClusterIPs)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.cidrs = cidrs
+	n.setClusterIPs()
+}
+
+// carries says that all Services are carried now, as far as that can be: what is to none of them may be refused from here on.
+func (n *network) carries() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.complete = true
+	n.setClusterIPs()
+}
+
+func (n *network) setClusterIPs() {
+	if n.complete && n.cidrs != nil {
+		setPrefixes("Service CIDRs", n.cidrs, n.balancer.SetClusterIPs)
+	}
 }
 
 // setPrefixes gives the load balancer prefixes, but for those that are none.
@@ -293,4 +361,11 @@ func (n *network) do(f func()) {
 }
 
 // names are those of the devices that are attached to, sorted.
-func (n *network) names() []string { return slices.Sorted(maps.Values(n.attached)) }
+func (n *network) names() []string {
+	names := []string{}
+	for _, a := range n.attached {
+		names = append(names, a.name)
+	}
+	slices.Sort(names)
+	return names
+}

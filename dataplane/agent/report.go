@@ -85,14 +85,9 @@ func (r *reporter) report() Report {
 		Node: r.cfg.NodeName, Healthy: r.status.health.Health().Healthy, Cgroup: r.cfg.Cgroup, Hooks: r.balancer.Hooks(),
 		PeerNames: r.cfg.LB.PeerNames, Devices: []string{}, LocalMode: string(r.cfg.Local.Mode), Reasons: []string{},
 	}
-	look := func() { report.KubeProxysTraces = kubeProxysTraces() }
-	if r.network == nil {
-		look()
-	} else {
-		r.network.do(func() {
-			report.Devices = r.network.names()
-			look()
-		})
+	report.KubeProxysTraces = r.traces()
+	if r.network != nil {
+		r.network.do(func() { report.Devices = r.network.names() })
 	}
 	ipv4, ipv6 := r.balancer.Counts()
 	for _, s := range r.syncers {
@@ -101,12 +96,20 @@ func (r *reporter) report() Report {
 			counts = ipv6
 		}
 		family := s.report()
-		family.Services = Fill{counts.Services, counts.ServicesCapacity}
+		family.Services = Fill{counts.Frontends, counts.ServicesCapacity}
 		family.Backends = Fill{counts.Slots, counts.BackendsCapacity}
 		report.Families = append(report.Families, family)
 	}
 	report.judge()
 	return report
+}
+
+// traces looks for kube-proxy's on a thread of its own: commands of iptables wait for each other.
+func (r *reporter) traces() (traces []string) {
+	if err := lb.InNetNS(r.cfg.NetNS, func() error { traces = kubeProxysTraces(); return nil }); err != nil {
+		klog.V(2).InfoS("kube-proxy's rules not looked for", "err", err)
+	}
+	return traces
 }
 
 // judge says what the rest means.

@@ -60,6 +60,7 @@ type syncer struct {
 	pruned      bool      // whether a former agent's frontends were looked through
 	synced      time.Time // the last sync without an error; zero: none yet
 	failed      int       // frontends that the last sync could not program
+	cleaned     time.Time // when conntrack was last looked at
 }
 
 var (
@@ -209,18 +210,39 @@ func (s *syncer) moveNodePorts(address netip.Addr) {
 // A claimant is a port that wants a frontend.
 type claimant struct {
 	name  proxy.ServicePortName
-	other bool // the frontend is not at its ClusterIP
+	title title
 }
 
-func claimantOf(name proxy.ServicePortName, port proxy.ServicePort, frontend lb.Frontend) claimant {
-	own, _ := frontendAt(port.ClusterIP(), port.Port(), port.Protocol())
-	return claimant{name, frontend != own && frontend.Scope != lb.Rest}
+// A title is by what a port wants a frontend. Whoever has the better one gets it.
+type title int
+
+const (
+	own          title = iota // it is at its ClusterIP, which the API server allocates
+	loadBalancer              // a load balancer's address, which a controller writes
+	nodePort                  // its NodePort, which the API server allocates
+	byHand                    // an external address, which whoever may write the Service chooses
+)
+
+// other tells whether the frontend is for the world outside.
+func (c claimant) other() bool { return c.title != own }
+
+func (s *syncer) claimantOf(name proxy.ServicePortName, port proxy.ServicePort, frontend lb.Frontend) claimant {
+	at := func(ip net.IP) bool { return isAt(frontend, ip) }
+	switch ours := int(frontend.Address.Port()) == port.Port(); {
+	case frontend.Scope == lb.Rest || ours && at(port.ClusterIP()):
+		return claimant{name, own}
+	case ours && slices.ContainsFunc(port.LoadBalancerVIPs(), at):
+		return claimant{name, loadBalancer}
+	case int(frontend.Address.Port()) == port.NodePort() && frontend.Address.Addr() == s.nodeAddress:
+		return claimant{name, nodePort}
+	}
+	return claimant{name, byHand}
 }
 
 // claim notes that a port wants its frontends, and release that it no longer does.
 func (s *syncer) claim(name proxy.ServicePortName, port proxy.ServicePort) {
 	for _, frontend := range s.frontendsOf(port) {
-		claimants, c := s.claims[frontend], claimantOf(name, port, frontend)
+		claimants, c := s.claims[frontend], s.claimantOf(name, port, frontend)
 		if i, has := slices.BinarySearchFunc(claimants, c, compareClaimants); !has {
 			s.claims[frontend] = slices.Insert(claimants, i, c)
 		}
@@ -230,7 +252,7 @@ func (s *syncer) claim(name proxy.ServicePortName, port proxy.ServicePort) {
 
 func (s *syncer) release(name proxy.ServicePortName, port proxy.ServicePort) {
 	for _, frontend := range s.frontendsOf(port) {
-		claimants, c := s.claims[frontend], claimantOf(name, port, frontend)
+		claimants, c := s.claims[frontend], s.claimantOf(name, port, frontend)
 		if i, has := slices.BinarySearchFunc(claimants, c, compareClaimants); has {
 			s.claims[frontend] = slices.Delete(claimants, i, i+1)
 		}
@@ -253,17 +275,11 @@ func (s *syncer) noteClaims(frontend lb.Frontend) {
 	}
 }
 
-// compareClaimants orders ports, so that of several the same one has a frontend whatever came first: the one whose ClusterIP it is, which
-// nobody takes from it by an external address, else the first by name.
+// compareClaimants orders ports, so that of several the same one has a frontend whatever came first: the one with the best title, of those
+// the first by name.
 func compareClaimants(a, b claimant) int {
-	if a.other != b.other {
-		if b.other {
-			return -1
-		}
-		return 1
-	}
 	x, y := a.name, b.name
-	return cmp.Or(cmp.Compare(x.Namespace, y.Namespace), cmp.Compare(x.Name, y.Name), cmp.Compare(x.Port, y.Port), cmp.Compare(x.Protocol, y.Protocol))
+	return cmp.Or(cmp.Compare(a.title, b.title), cmp.Compare(x.Namespace, y.Namespace), cmp.Compare(x.Name, y.Name), cmp.Compare(x.Port, y.Port), cmp.Compare(x.Protocol, y.Protocol))
 }
 
 // portsChanged is told by the tracker what a changed Service was and is, inside of sync.
@@ -301,6 +317,27 @@ func (s *syncer) noteUDP(name proxy.ServicePortName, port proxy.ServicePort) {
 	}
 }
 
+// cleanPeriod is the least time between two looks at all of conntrack's entries, which there may be a million of. kube-proxy's is that of
+// its syncs, 1 s.
+const cleanPeriod = time.Second
+
+// cleanUDP has flows of UDP leave endpoints that are gone. What comes too soon is for another sync.
+func (s *syncer) cleanUDP() {
+	if len(s.udp) == 0 {
+		return
+	}
+	s.sweep.note()
+	if s.network != nil {
+		if wait := cleanPeriod - time.Since(s.cleaned); wait > 0 {
+			time.AfterFunc(wait, s.request)
+			return
+		}
+		s.cleaned = time.Now()
+		s.network.cleanUDP(s.family, s.udp, s.endpointsOf)
+	}
+	s.udp = make(proxy.ServicePortMap)
+}
+
 // sync gives the load balancer what changed since it ran last. An error has it run again after retryPeriod.
 func (s *syncer) sync() error {
 	s.mu.Lock()
@@ -320,13 +357,7 @@ func (s *syncer) sync() error {
 	if len(changes) > 0 {
 		s.save.note()
 	}
-	if len(s.udp) > 0 {
-		s.sweep.note()
-		if s.network != nil {
-			s.network.cleanUDP(s.family, s.udp, s.endpointsOf)
-		}
-		s.udp = make(proxy.ServicePortMap)
-	}
+	s.cleanUDP()
 	if err := s.health.sync(s.endpointsOf); err != nil {
 		klog.ErrorS(err, "Health checks of Services not served", "ipFamily", s.family)
 	}
@@ -360,19 +391,20 @@ func (s *syncer) changes() []lb.Change {
 	changes := make([]lb.Change, 0, s.changed.Len())
 	for frontend := range s.changed {
 		claimants := s.claims[frontend]
-		if len(claimants) == 0 {
-			changes = append(changes, lb.Change{Frontend: frontend, Withdraw: true})
-		} else {
-			changes = append(changes, s.changeOf(frontend, claimants[0]))
-		}
-		// Who has an address for the world outside has it for clients from there, too. A ClusterIP is the same to all.
+		// Who has an address for the world outside has it for clients from there, too. A ClusterIP is the same to all. This one comes
+		// first: without it those outside would be taken for those inside.
 		switch theirs := outside(frontend); {
-		case s.network != nil && len(claimants) > 0 && claimants[0].other:
+		case s.network != nil && len(claimants) > 0 && claimants[0].other():
 			s.outside.Insert(theirs)
 			changes = append(changes, s.changeOf(theirs, claimants[0]))
 		case s.outside.Has(theirs):
 			s.outside.Delete(theirs)
 			changes = append(changes, lb.Change{Frontend: theirs, Withdraw: true})
+		}
+		if len(claimants) == 0 {
+			changes = append(changes, lb.Change{Frontend: frontend, Withdraw: true})
+		} else {
+			changes = append(changes, s.changeOf(frontend, claimants[0]))
 		}
 	}
 	return changes
@@ -404,7 +436,7 @@ func (s *syncer) changeOf(frontend lb.Frontend, c claimant) lb.Change {
 	name, port := c.name, s.ports[c.name]
 	eligible, local, _, anywhere := proxy.CategorizeEndpoints(s.endpointsOf[name], port, s.nodeName, s.topology)
 	switch {
-	case !c.other:
+	case !c.other():
 		if port.InternalPolicyLocal() {
 			eligible = local
 		}

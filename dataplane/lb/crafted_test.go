@@ -67,7 +67,7 @@ func fateOf(program *ebpf.Program, frame []byte) (string, error) {
 	for _, f := range flows {
 		entries = append(entries, entry(f.Forward.Protocol, tuple(f.Forward), tuple(f.Reverse)))
 	}
-	fates := map[[2]uint32]string{{tcxNext, anyMark}: untouched, {tcxNext, lb.RefuseMark}: refused, {tcxDrop, anyMark}: dropped}
+	fates := map[[2]uint32]string{{tcxNext, anyMark}: untouched, {tcxNext, lb.RefuseMark}: refused, {tcxDrop, anyMark}: dropped, {tcxNext, lb.DiscardMark}: dropped}
 	fate := fates[[2]uint32{verdict, after[skbMark]}]
 	switch {
 	case fate == untouched && len(entries) > 0:

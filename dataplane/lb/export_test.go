@@ -4,8 +4,11 @@ package lb
 
 import "github.com/cilium/ebpf"
 
-// RefuseMark is on packets that are to be refused.
-const RefuseMark = refuseMark
+// RefuseMark is on packets that are to be refused, and DiscardMark on those that are to be dropped if no other proxy wants them.
+const (
+	RefuseMark  = refuseMark
+	DiscardMark = discardMark
+)
 
 // PacketPrograms are the programs for devices, by name.
 func (b *Balancer) PacketPrograms() map[string]*ebpf.Program {

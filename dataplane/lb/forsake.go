@@ -11,16 +11,15 @@ import (
 	"github.com/cilium/ebpf/link"
 )
 
-// loadForsake loads the program of Forsake. A kernel that cannot carry it is no error: Forsake says so then.
-func (b *Balancer) loadForsake(maps map[string]*ebpf.Map) error {
-	spec, err := loadForsake()
-	if err != nil {
-		return fmt.Errorf("read the embedded object: %w", err)
-	}
+// loadLeaving loads the program of Forsake. A kernel that cannot carry it is no error: Forsake says so then.
+func (b *Balancer) loadLeaving(spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map) error {
 	if err := setConstants(spec, b.tableConstants()); err != nil {
 		return err
 	}
 	b.forsakeErr = spec.LoadAndAssign(&b.forsake, &ebpf.CollectionOptions{MapReplacements: replacements(spec, maps)})
+	if errors.Is(b.forsakeErr, ebpf.ErrMapIncompatible) {
+		return b.forsakeErr
+	}
 	return nil
 }
 
@@ -33,7 +32,7 @@ func (b *Balancer) Forsake(netNS string) error {
 	if b.forsakeErr != nil {
 		return fmt.Errorf("leave gone backends: %w: %w", ErrNotSupported, b.forsakeErr)
 	}
-	return inNetNS(netNS, func() error {
+	return InNetNS(netNS, func() error {
 		iterator, err := link.AttachIter(link.IterOptions{Program: b.forsake.Forsake})
 		if err != nil {
 			return fmt.Errorf("look at UDP sockets: %w", err)

@@ -4,7 +4,7 @@
 // one of its backends, and a sendto(2) likewise. It knows addresses, not Kubernetes.
 //
 // It carries TCP and UDP over IPv4 and IPv6: for the processes of a cgroup at their sockets, and for whoever sends packets to a device
-// of the node by conntrack's NAT.
+// of the node by conntrack's NAT; those over SCTP, too.
 package lb
 
 import (
@@ -42,8 +42,9 @@ const (
 
 // Options are fixed when a Balancer is loaded. The zero value means the defaults.
 type Options struct {
-	// Services is how many frontends of each IP version there may be, at 128 bytes each, rounded up to a power of two
-	// and at least 4 KiB. 0 means DefaultServices.
+	// Services is how many frontends of each IP version there may be for clients inside the cluster, at 256 bytes each,
+	// rounded up to a power of two and at least 8 KiB. For each of them there is room for one of another scope. 0 means
+	// DefaultServices.
 	Services int
 	// Backends is how many backends of each IP version the backends maps hold: for IPv4 of all frontends that have more
 	// than three, at 8 bytes each; for IPv6 of all, at 32. It is rounded up to a power of two, and eight are not used. A
@@ -173,7 +174,11 @@ func Load(options Options) (_ *Balancer, err error) {
 			return nil, fmt.Errorf("pin folder: %w", err)
 		}
 	}
-	maps, err := b.openMaps(sockets, packets)
+	leaving, err := loadForsake()
+	if err != nil {
+		return nil, fmt.Errorf("read the embedded object: %w", err)
+	}
+	maps, err := b.openMaps(sockets, packets, leaving)
 	if err != nil {
 		return nil, b.explainLoad(err)
 	}
@@ -201,7 +206,7 @@ func Load(options Options) (_ *Balancer, err error) {
 	if err := sockets.LoadAndAssign(&b.objects, &ebpf.CollectionOptions{MapReplacements: replacements(sockets, maps)}); err != nil {
 		return nil, b.explainLoad(err)
 	}
-	if err := b.loadForsake(maps); err != nil {
+	if err := b.loadLeaving(leaving, maps); err != nil {
 		return nil, err
 	}
 	if b.options.Packets != nil {
@@ -256,8 +261,8 @@ func replacements(spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map) map[stri
 // openMaps makes the maps of the specs, or opens those that are pinned.
 func (b *Balancer) openMaps(specs ...*ebpf.CollectionSpec) (_ map[string]*ebpf.Map, err error) {
 	entries := map[string]int{
-		socketMapServices4:  tableBuckets(b.options.Services) + 1,
-		socketMapServices6:  tableBuckets(b.options.Services) + 1,
+		socketMapServices4:  tableBuckets(entriesFor*b.options.Services) + 1,
+		socketMapServices6:  tableBuckets(entriesFor*b.options.Services) + 1,
 		socketMapBackends4:  b.options.Backends,
 		socketMapBackends6:  b.options.Backends,
 		socketMapAffinities: b.options.Affinities,
@@ -448,10 +453,10 @@ func (b *Balancer) Close() error {
 // Counts tells how full the maps of an IP version are.
 type Counts struct {
 	Frontends        int // frontends for clients inside the cluster
-	Services         int // entries of the services map that are taken, by frontends of all scopes
+	Entries          int // frontends of all scopes
 	Backends         int // backends of all frontends together, in either map
 	Slots            int // entries of the backends map that are taken, those that wait out the grace period included
-	ServicesCapacity int // frontends that the services map may hold
+	ServicesCapacity int // frontends for clients inside the cluster that the services map may hold
 	BackendsCapacity int // entries of the backends map that can be taken
 }
 

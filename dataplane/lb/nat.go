@@ -17,11 +17,15 @@ import (
 // Marks of packets, for the rules of natTable. No other packet has refuseMark but by a chance of one in four billions of those that are
 // marked at all. See packet.bpf.c.
 const (
-	refuseMark     = 0x706c696d // it is to be refused
+	refuseMark     = 0x706c696d // it is to be refused, unless another proxy translates it
+	discardMark    = 0x706c6964 // it is to be dropped, unless another proxy does
 	sctpMark       = 0x60000000 // it begins an association with the backend whose slot is in the other bits
 	sctpMasquerade = 0x10000000
 	sctpBits       = 0xf0000000
 )
+
+// statusDNAT is the bit of conntrack's status for a translated destination: IPS_DST_NAT.
+const statusDNAT = 1 << 5
 
 // natTable is the nftables table of all that is left to the kernel's own NAT.
 //
@@ -144,7 +148,15 @@ func addNAT(nft *nftables.Conn) error {
 	chain("nat-postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, snat,
 		append(append(isProtocol(SCTP), isMarked(sctpBits, sctpMark|sctpMasquerade)...), &expr.Masq{}))
 	// An RST is not one of the ICMP messages whose rate the kernel limits.
+	// The chain comes after those by which other proxies translate.
 	chain("refuse", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, dnat+10,
+		[]expr.Any{
+			&expr.Ct{Register: register, Key: expr.CtKeySTATUS},
+			mask(statusDNAT),
+			&expr.Cmp{Op: expr.CmpOpNeq, Register: register, Data: word32(0)},
+			&expr.Verdict{Kind: expr.VerdictReturn},
+		},
+		append(isMarked(0xffffffff, discardMark), &expr.Verdict{Kind: expr.VerdictDrop}),
 		append(append(isMarked(0xffffffff, refuseMark), isProtocol(TCP)...), &expr.Reject{Type: unix.NFT_REJECT_TCP_RST}),
 		append(isMarked(0xffffffff, refuseMark), &expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_PORT_UNREACH}))
 	// What conntrack takes for invalid it does not translate: it would come to the client from a stranger, who gets an RST, and the
@@ -224,4 +236,16 @@ func (b *Balancer) placeSCTP(f *family, base int, backends []netip.AddrPort) err
 		f.sctp[base+i] = backend
 	}
 	return nil
+}
+
+// HasNAT tells whether what KeepNAT installed is there: whoever flushes all rules of nftables takes it away.
+func (b *Balancer) HasNAT() (has bool, err error) {
+	err = b.changeNAT(func(nft *nftables.Conn) error {
+		tables, err := nft.ListTablesOfFamily(nftables.TableFamilyINet)
+		for _, table := range tables {
+			has = has || table.Name == natName
+		}
+		return err
+	})
+	return has, err
 }

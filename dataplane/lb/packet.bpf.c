@@ -71,7 +71,7 @@ extern void bpf_ct_release(struct nf_conn *) __ksym;
 #define STATUS_DST_NAT (1UL << 5)   // IPS_DST_NAT
 #define TCP_STATE_TIME_WAIT 7	    // TCP_CONNTRACK_TIME_WAIT
 #define TCP_STATE_CLOSE 8	    // TCP_CONNTRACK_CLOSE
-#define NEW_TIMEOUT_MS (30 * 1000) // until conntrack sees the packet and sets its own
+#define NEW_TIMEOUT_MS (5 * 1000) // until conntrack sees the packet, which a rule may drop before, and sets its own
 #define ANY_PORT 0		    // the source port, if that can be
 
 // The mark of a packet that begins an association of SCTP: these bits, and where its backend is in the backends map.
@@ -119,6 +119,7 @@ struct {
 } ranges SEC(".maps");
 
 const volatile __u32 refuse_mark;       // on packets that nat.go's rules answer with a refusal
+const volatile __u32 discard_mark;      // on those that they drop
 const volatile __u8 knows_insiders;     // whether clients outside the cluster can be told from those inside
 
 // A packet is what its headers say.
@@ -324,6 +325,32 @@ VERIFIED_ALONE int exists6(const struct flow *flow)
 	return flow && find(&services6, flow->key, KEY6, hash_of(flow->key, seeds6, KEY6)) != NULL;
 }
 
+// is_own_backend4 and is_own_backend6 tell whether a frontend is among its backends, as that of a process in the host's network may be.
+static __always_inline int is_own_backend(void *services, const volatile __u64 *seeds, int words, const struct flow *flow)
+{
+	struct flow own = *flow;
+	__u64 hash = hash_of(flow->key, seeds, words);
+	const __u64 *entry = find(services, flow->key, words, hash);
+	if (!entry)
+		return 0;
+	const struct frontend *frontend = (const struct frontend *)own.key;
+
+	own.choice.backend[0] = (__u64)frontend->address << 32 | (__u64)frontend->port << 16 | owner_of(hash);
+	own.choice.backend[1] = flow->key[1];
+	own.choice.backend[2] = flow->key[2];
+	return has(words, entry, READ_ONCE(entry[words]), &own);
+}
+
+VERIFIED_ALONE int is_own_backend4(const struct flow *flow)
+{
+	return flow && is_own_backend(&services4, seeds4, KEY4, flow);
+}
+
+VERIFIED_ALONE int is_own_backend6(const struct flow *flow)
+{
+	return flow && is_own_backend(&services6, seeds6, KEY6, flow);
+}
+
 static __always_inline enum verdict choose_for(struct __sk_buff *skb, const struct packet *packet, struct flow *flow)
 {
 	return packet->is_ipv6 ? choose6(skb, packet, flow) : choose4(skb, packet, flow);
@@ -350,11 +377,27 @@ static __always_inline __u32 tuple_of(const struct packet *packet, struct bpf_so
 	return sizeof(tuple->ipv6);
 }
 
-// is_known tells whether conntrack has the connection of a packet, and knows its backend.
+// has_entry tells whether conntrack has the connection of a packet.
+static __always_inline int has_entry(struct __sk_buff *skb, const struct packet *packet, struct bpf_sock_tuple *tuple, __u32 size)
+{
+	struct bpf_ct_opts opts = { .netns_id = THIS_NETNS, .l4proto = packet->protocol };
+
+	if (packet->protocol == IPPROTO_SCTP)
+		return 0;
+	struct nf_conn *conn = bpf_skb_ct_lookup(skb, tuple, size, &opts, sizeof(opts));
+	if (!conn)
+		return 0;
+	bpf_ct_release(conn);
+	return 1;
+}
+
+// is_known tells whether conntrack has the connection of a packet, and knows its backend. NAT to what it is to anyway, as it is its own
+// backend, leaves no trace in an entry.
 //
 // Subtle: where conntrack is going to begin anew, as a client used its port again, it knows no Service. And of what was begun
 // before there was one, it goes on to know none. Such entries end here.
-static __always_inline int is_known(struct __sk_buff *skb, const struct packet *packet, struct bpf_sock_tuple *tuple, __u32 size)
+static __always_inline int is_known(struct __sk_buff *skb, const struct packet *packet, const struct flow *flow, struct bpf_sock_tuple *tuple,
+				    __u32 size)
 {
 	struct bpf_ct_opts opts = { .netns_id = THIS_NETNS, .l4proto = packet->protocol };
 	if (packet->protocol == IPPROTO_SCTP)
@@ -365,7 +408,8 @@ static __always_inline int is_known(struct __sk_buff *skb, const struct packet *
 		return 0;
 	int is_over = packet->protocol == IPPROTO_TCP &&
 		      (conn->proto.tcp.state == TCP_STATE_TIME_WAIT || conn->proto.tcp.state == TCP_STATE_CLOSE);
-	int known = opts.dir != DIR_ORIGINAL || (conn->status & STATUS_DST_NAT && !is_over);
+	int is_translated = conn->status & STATUS_DST_NAT || (packet->is_ipv6 ? is_own_backend6(flow) : is_own_backend4(flow));
+	int known = opts.dir != DIR_ORIGINAL || (is_translated && !is_over);
 	if (!known)
 		bpf_ct_change_timeout(conn, 0);
 	bpf_ct_release(conn);
@@ -398,9 +442,16 @@ static __always_inline union address6 backend_address(const struct packet *packe
 	return address;
 }
 
-// own_address gives the address that the node has to a backend, as a rule that masquerades would choose it, or returns false for
-// a backend that is the node itself, to which packets go as they are.
-static __always_inline int own_address(struct __sk_buff *skb, const struct packet *packet, const union address6 *backend, union address6 *own)
+// A masking says which source address a backend is to see.
+enum masking {
+	CLIENTS, // the client's
+	OWN,	 // the node's
+	UNKNOWN, // the node's, which has none on the way there
+};
+
+// own_address gives the address that the node has to a backend, as a rule that masquerades would choose it. To a backend that is the
+// node itself packets go as they are.
+static __always_inline enum masking own_address(struct __sk_buff *skb, const struct packet *packet, const union address6 *backend, union address6 *own)
 {
 	struct bpf_fib_lookup fib = { .family = packet->is_ipv6 ? 10 : 2, .l4_protocol = packet->protocol, .ifindex = skb->ifindex };
 
@@ -412,13 +463,20 @@ static __always_inline int own_address(struct __sk_buff *skb, const struct packe
 		fib.ipv4_src = packet->source.parts[3];
 		fib.ipv4_dst = backend->parts[3];
 	}
-	if (bpf_fib_lookup(skb, &fib, sizeof(fib), FIB_LOOKUP_SKIP_NEIGH | FIB_LOOKUP_SRC) != BPF_FIB_LKUP_RET_SUCCESS)
-		return 0;
+	switch (bpf_fib_lookup(skb, &fib, sizeof(fib), FIB_LOOKUP_SKIP_NEIGH | FIB_LOOKUP_SRC)) {
+	case BPF_FIB_LKUP_RET_SUCCESS:
+	case BPF_FIB_LKUP_RET_FRAG_NEEDED: // this packet is too large, others are not
+		break;
+	case BPF_FIB_LKUP_RET_NOT_FWDED:
+		return CLIENTS;
+	default:
+		return UNKNOWN;
+	}
 	if (packet->is_ipv6)
 		__builtin_memcpy(own, fib.ipv6_src, sizeof(*own));
 	else
 		*own = mapped(fib.ipv4_src);
-	return 1;
+	return OWN;
 }
 
 // A binding is what conntrack is to do to a connection.
@@ -469,17 +527,22 @@ static __always_inline int bind(struct __sk_buff *skb, const struct packet *pack
 		skb->mark = SCTP_MARK | (masquerade ? SCTP_MASQUERADE : 0) | flow->choice.index;
 		return TCX_NEXT;
 	}
-	if (masquerade && own_address(skb, packet, &backend, &own)) {
+	switch (masquerade ? own_address(skb, packet, &backend, &own) : CLIENTS) {
+	case OWN:
 		binding.source = inet_address(packet, &own);
 		binding.source_too = 1;
+		break;
+	case UNKNOWN:
+		return TCX_DROP;
+	case CLIENTS:
+		break;
 	}
 	if (insert(skb, packet, tuple, size, &binding))
 		return TCX_NEXT;
 	// Either another processor was faster, or the client has a connection from this port to the backend by another address of
 	// the Service: then the port has to be changed.
 	binding.source_too = 1;
-	insert(skb, packet, tuple, size, &binding);
-	return TCX_NEXT;
+	return insert(skb, packet, tuple, size, &binding) || has_entry(skb, packet, tuple, size) ? TCX_NEXT : TCX_DROP;
 }
 
 // refuse has nat.go's rules answer a packet as one that came to a closed port.
@@ -490,13 +553,16 @@ static __always_inline int refuse(struct __sk_buff *skb)
 }
 
 // unknown says what becomes of a packet that is to no port of a Service: at the address of one it is refused, and dropped at
-// what may become the address of one.
-static __always_inline int unknown(struct __sk_buff *skb, const struct packet *packet, struct flow *flow)
+// what may become the address of one. A flow that there was before is somebody's, and goes on; so does what another proxy on the node
+// translates, which nat.go's rules see after it.
+static __always_inline int unknown(struct __sk_buff *skb, const struct packet *packet, struct flow *flow, struct bpf_sock_tuple *tuple,
+				   __u32 size)
 {
-	if (!is_in(&cluster_ips, &packet->destination))
+	if (!is_in(&cluster_ips, &packet->destination) || (!packet->is_echo && has_entry(skb, packet, tuple, size)))
 		return TCX_NEXT;
 	set_key(flow, packet, REST);
-	return exists(packet, flow) ? refuse(skb) : TCX_DROP;
+	skb->mark = exists(packet, flow) ? refuse_mark : discard_mark;
+	return TCX_NEXT;
 }
 
 static __always_inline int forward(struct __sk_buff *skb, int from_pod)
@@ -508,13 +574,13 @@ static __always_inline int forward(struct __sk_buff *skb, int from_pod)
 	if (!read_packet(skb, &packet))
 		return TCX_NEXT;
 	if (packet.is_echo)
-		return unknown(skb, &packet, &flow);
+		return unknown(skb, &packet, &flow, &tuple, 0);
 
 	set_key(&flow, &packet, INSIDE);
-	if (!exists(&packet, &flow))
-		return unknown(skb, &packet, &flow);
 	__u32 size = tuple_of(&packet, &tuple);
-	if (is_known(skb, &packet, &tuple, size))
+	if (!exists(&packet, &flow))
+		return unknown(skb, &packet, &flow, &tuple, size);
+	if (is_known(skb, &packet, &flow, &tuple, size))
 		return TCX_NEXT;
 
 	int inside = knows_insiders && (from_pod || is_in(&insiders, &packet.source));

@@ -27,6 +27,7 @@ const (
 	packetProgIngress      = "ingress"
 	packetProgIngressPods  = "ingress_pods"
 	packetVarBucketMask    = "bucket_mask"
+	packetVarDiscardMark   = "discard_mark"
 	packetVarKnowsInsiders = "knows_insiders"
 	packetVarRefuseMark    = "refuse_mark"
 	packetVarSeeds4        = "seeds4"
@@ -98,6 +99,7 @@ type packetMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type packetVariableSpecs struct {
 	BucketMask    *ebpf.VariableSpec `ebpf:"bucket_mask"`
+	DiscardMark   *ebpf.VariableSpec `ebpf:"discard_mark"`
 	KnowsInsiders *ebpf.VariableSpec `ebpf:"knows_insiders"`
 	RefuseMark    *ebpf.VariableSpec `ebpf:"refuse_mark"`
 	Seeds4        *ebpf.VariableSpec `ebpf:"seeds4"`
@@ -152,6 +154,7 @@ func (m *packetMaps) Close() error {
 // It can be passed to loadPacketObjects or ebpf.CollectionSpec.LoadAndAssign.
 type packetVariables struct {
 	BucketMask    *ebpf.Variable `ebpf:"bucket_mask"`
+	DiscardMark   *ebpf.Variable `ebpf:"discard_mark"`
 	KnowsInsiders *ebpf.Variable `ebpf:"knows_insiders"`
 	RefuseMark    *ebpf.Variable `ebpf:"refuse_mark"`
 	Seeds4        *ebpf.Variable `ebpf:"seeds4"`

@@ -27,7 +27,8 @@ type PacketOptions struct {
 
 // loadPackets loads the programs for devices.
 func (b *Balancer) loadPackets(spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map) error {
-	if err := setConstants(spec, b.tableConstants(), map[string]any{"refuse_mark": uint32(refuseMark), "knows_insiders": b.options.Packets.KnowsInsiders}); err != nil {
+	if err := setConstants(spec, b.tableConstants(), map[string]any{"refuse_mark": uint32(refuseMark), "discard_mark": uint32(discardMark),
+		"knows_insiders": b.options.Packets.KnowsInsiders}); err != nil {
 		return err
 	}
 	if err := spec.LoadAndAssign(&b.packets, &ebpf.CollectionOptions{MapReplacements: replacements(spec, maps)}); err != nil {
@@ -63,7 +64,7 @@ func (b *Balancer) AttachDevice(d Device) error {
 		program = b.packets.IngressPods
 	}
 	var l link.Link
-	err := inNetNS(b.options.Packets.NetNS, func() (err error) {
+	err := InNetNS(b.options.Packets.NetNS, func() (err error) {
 		l, err = b.attachDevice(d.Index, program)
 		return err
 	})
@@ -170,6 +171,22 @@ func (b *Balancer) KeepDevices() error {
 	return errors.Join(errs...)
 }
 
+// ReleaseHooks detaches former Balancers' programs from the cgroup, where this one has none attached. Without a PinDir there are none.
+func (b *Balancer) ReleaseHooks() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.options.PinDir == "" || b.links != nil {
+		return nil
+	}
+	var errs []error
+	for _, h := range b.hooks() {
+		if err := os.Remove(b.linkPin(h)); !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // SetInsiders says by address where clients inside the cluster are.
 func (b *Balancer) SetInsiders(prefixes []netip.Prefix) error {
 	if err := setPrefixes(b.insiders, prefixes); err != nil {
@@ -186,8 +203,8 @@ func (b *Balancer) SetClusterIPs(prefixes []netip.Prefix) error {
 	return nil
 }
 
-// inNetNS calls f on a thread in the network namespace of that file, or on the calling one if there is none.
-func inNetNS(file string, f func() error) error {
+// InNetNS calls f on a thread in the network namespace of that file, or on the calling one if there is none.
+func InNetNS(file string, f func() error) error {
 	if file == "" {
 		return f()
 	}

@@ -251,3 +251,55 @@ func TestPackets(t *testing.T) {
 		}
 	})
 }
+
+// Flows of UDP keep what they have: a backend that is the frontend's own address, the node's address though the first datagram is too large
+// for the way, and life after the frontend is gone.
+func TestPacketsOfAFlow(t *testing.T) {
+	onPackets(t, func(t *testing.T, l landscape) {
+		_, second := l.at.backends()
+		network := map[bool]string{true: "udp6", false: "udp4"}[netip.MustParseAddr(l.at.node).Is6()]
+		own := net.JoinHostPort(l.at.node, "8080")
+		l.node.Listen(t, "udp", own)
+		mustSync(t, l.Balancer, to(udp(own), own, second))
+		for range 5 {
+			l.client.Open(t, network)
+			if got := l.client.Exchange(t, own, 10); len(got.Answers) != 1 || len(got.Errors) > 0 {
+				t.Errorf("want one backend, got %+v", got)
+			}
+		}
+
+		mustSync(t, l.Balancer, to(udp(l.at.vip), second), to(rest(l.at.vip)))
+		l.node.Enter(t, func() error {
+			device, err := netlink.LinkByName("second")
+			if err != nil {
+				return err
+			}
+			return netlink.LinkSetMTU(device, 1400)
+		})
+		l.outsider.Open(t, network)
+		if got := l.outsider.SendBriefly(t, l.at.vip, 1440); len(got.Answers) > 0 {
+			t.Fatalf("want a datagram that is too large, got %+v", got)
+		}
+		got := l.outsider.Exchange(t, l.at.vip, 5)
+		wantAnswers(t, got, 5, second)
+		wantClient(t, got, l.at.node)
+
+		l.client.Open(t, network)
+		wantAnswers(t, l.client.Exchange(t, l.at.vip, 1), 1, second)
+		mustSync(t, l.Balancer, lb.Change{Frontend: udp(l.at.vip), Withdraw: true})
+		wantAnswers(t, l.client.Exchange(t, l.at.vip, 3), 3, second)
+	})
+}
+
+// With each frontend for clients inside the cluster there is room for one of another scope.
+func TestFullOfScopes(t *testing.T) {
+	b, err := lb.Load(lb.Options{Services: 2})
+	if err != nil {
+		t.Skipf("skipped: %v", err)
+	}
+	defer b.Close()
+	first, second := "10.96.0.1:80", "10.96.0.2:80"
+	mustSync(t, b, to(rest(first)), to(outside(tcp(first))), to(tcp(first)), to(tcp(second)))
+	wantFull(t, b.Sync([]lb.Change{to(rest(second))}), rest(second))
+	wantFull(t, b.Sync([]lb.Change{to(udp(second))}), udp(second))
+}

@@ -249,6 +249,15 @@ func (p *Pod) Exchange(tb testing.TB, address string, n int) Outcome {
 	return outcome
 }
 
+// SendBriefly sends so many bytes to address once, from the socket of Open, and awaits an answer for no longer than one that comes at all
+// would take.
+func (p *Pod) SendBriefly(tb testing.TB, address string, size int) Outcome {
+	tb.Helper()
+	var outcome Outcome
+	p.do(tb, "Exchange", Target{Address: address, N: 1, Size: size, Patience: briefly}, &outcome)
+	return outcome
+}
+
 // Hammer connects to address without a pause until stop is called, which tells what came of it. It returns when the first
 // connect is over.
 func (p *Pod) Hammer(tb testing.TB, network, address string) (stop func() Outcome) {

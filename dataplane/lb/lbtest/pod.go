@@ -3,6 +3,7 @@
 package lbtest
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
@@ -47,6 +48,7 @@ type Target struct {
 	Network, Address string
 	N                int
 	Patience         time.Duration // 0: patience
+	Size             int           // of what Exchange sends, in bytes; 0: 1
 }
 
 // An Origin is where ConnectFrom connects from, and to.
@@ -200,17 +202,17 @@ func (o *Orders) Exchange(t Target, outcome *Outcome) error {
 	}
 	*outcome = newOutcome()
 	for range t.N {
-		outcome.add(exchange(o.socket, to))
+		outcome.add(exchange(o.socket, to, max(t.Size, 1), cmp.Or(t.Patience, patience)))
 	}
 	return nil
 }
 
 // exchange sends from an unconnected socket and returns the answer and who gave it.
-func exchange(socket net.PacketConn, to *net.UDPAddr) (said, error) {
-	if err := socket.SetDeadline(time.Now().Add(patience)); err != nil {
+func exchange(socket net.PacketConn, to *net.UDPAddr, size int, wait time.Duration) (said, error) {
+	if err := socket.SetDeadline(time.Now().Add(wait)); err != nil {
 		return said{}, err
 	}
-	if _, err := socket.WriteTo([]byte{'?'}, to); err != nil {
+	if _, err := socket.WriteTo(make([]byte, size), to); err != nil {
 		return said{}, err
 	}
 	answer := make([]byte, 128)
@@ -283,10 +285,7 @@ func (o Outcome) add(s said, err error) {
 
 // ask connects and returns the server's answer.
 func (t Target) ask() (said, error) {
-	wait := t.Patience
-	if wait == 0 {
-		wait = patience
-	}
+	wait := cmp.Or(t.Patience, patience)
 	if t.Network == "sctp" {
 		return askSCTP(t.Address, wait)
 	}
