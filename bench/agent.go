@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strconv"
 	"strings"
 
@@ -61,6 +62,10 @@ folder is deleted.`,
 			if cfg.Client, err = agent.NewClient(kubeconfig); err != nil {
 				return err
 			}
+			if os.Getenv("GOGC") == "" {
+				// Most of the heap is the cluster's Services, which live on: half as much garbage beside them is plenty.
+				debug.SetGCPercent(agentGarbage)
+			}
 			return agent.Run(cmd.Context(), cfg)
 		},
 	}
@@ -81,7 +86,7 @@ folder is deleted.`,
 	flags.DurationVar(&cfg.MinSyncPeriod, "min-sync-period", agent.DefaultMinSyncPeriod, "least time between two syncs")
 	flags.StringVar(&cfg.HealthzBindAddress, "healthz-bind-address", agent.DefaultHealthzBindAddress, "`address:port` of /healthz and /livez; empty: none")
 	flags.StringVar(&cfg.MetricsBindAddress, "metrics-bind-address", agent.DefaultMetricsBindAddress, "`address:port` of /metrics; empty: none")
-	flags.IntVar(&cfg.LB.Services, "services-capacity", lb.DefaultServices, "most frontends (address, port, protocol) of each IP version at a time, as clients inside the cluster see them")
+	flags.IntVar(&cfg.LB.Services, "services-capacity", lb.DefaultServices, "most frontends (address, port, protocol) of each IP version at a time; those that clients outside the cluster see otherwise count twice")
 	flags.IntVar(&cfg.LB.Backends, "backends-capacity", lb.DefaultBackends, "most backends of each IP version, not counting those of IPv4 frontends with up to three, rounded up to a power of two")
 	flags.IntVar(&cfg.LB.Affinities, "affinity-capacity", lb.DefaultAffinities, "clients that are remembered for Services with ClientIP affinity, each Service counted apart")
 	flags.BoolVar(&cfg.LB.PeerNames, "peer-names", false, "have getpeername(2) name the Service on TCP sockets too, at a cost for each connect")
@@ -105,6 +110,9 @@ func agentCgroup(asked string) (string, error) {
 	}
 	return mount, nil
 }
+
+// agentGarbage is how much garbage the agent's heap may hold, in percent of what lives.
+const agentGarbage = 40
 
 // agentLocal is how clients inside the cluster are known, by flags with the names and meanings of kube-proxy's.
 func agentLocal(mode string, podCIDRs []string, bridge, prefix string) (agent.Local, error) {

@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -174,6 +175,8 @@ func Run(ctx context.Context, cfg Config) (err error) {
 			if network != nil {
 				network.carries()
 			}
+			// Reading all that there is left as much garbage as it is, and never again will so much be wanted.
+			go debug.FreeOSMemory()
 			if err := balancer.Supersede(); err != nil {
 				klog.ErrorS(err, "A former agent's programs go on translating", "pinDir", cfg.LB.PinDir)
 			}

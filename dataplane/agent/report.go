@@ -96,7 +96,7 @@ func (r *reporter) report() Report {
 			counts = ipv6
 		}
 		family := s.report()
-		family.Services = Fill{counts.Frontends, counts.ServicesCapacity}
+		family.Services = Fill{counts.Entries, counts.ServicesCapacity}
 		family.Backends = Fill{counts.Slots, counts.BackendsCapacity}
 		report.Families = append(report.Families, family)
 	}

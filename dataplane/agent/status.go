@@ -85,7 +85,7 @@ func newStatus(balancer *lb.Balancer, nodes corelisters.NodeLister, nodeName str
 	gauge("plimsoll_lb_frontends", "Frontends for clients inside the cluster", none, func(c lb.Counts) int { return c.Frontends })
 	gauge("plimsoll_lb_backends", "Backends of all frontends together", none, func(c lb.Counts) int { return c.Backends })
 	const entries, capacity = "Entries of a map that are taken", "Entries of a map that can be taken"
-	gauge("plimsoll_lb_map_entries", entries, services, func(c lb.Counts) int { return c.Frontends })
+	gauge("plimsoll_lb_map_entries", entries, services, func(c lb.Counts) int { return c.Entries })
 	gauge("plimsoll_lb_map_entries", entries, backends, func(c lb.Counts) int { return c.Slots })
 	gauge("plimsoll_lb_map_capacity", capacity, services, func(c lb.Counts) int { return c.ServicesCapacity })
 	gauge("plimsoll_lb_map_capacity", capacity, backends, func(c lb.Counts) int { return c.BackendsCapacity })

@@ -37,12 +37,35 @@ func Dump(pinDir string) (_ []Change, err error) {
 		}
 		all = append(all, changes...)
 	}
+	rest, err := dumpAddresses(filepath.Join(dir, packetMapAddresses))
+	if err != nil {
+		return nil, fmt.Errorf("maps in %s: %w", dir, err)
+	}
+	all = append(all, rest...)
 	if err := dumpRanges(filepath.Join(dir, packetMapRanges), all); err != nil {
 		return nil, fmt.Errorf("maps in %s: %w", dir, err)
 	}
 	slices.SortFunc(all, func(a, b Change) int {
 		return cmp.Or(a.Frontend.Address.Compare(b.Frontend.Address), cmp.Compare(a.Frontend.Protocol, b.Frontend.Protocol), cmp.Compare(a.Frontend.Scope, b.Frontend.Scope))
 	})
+	return all, nil
+}
+
+// dumpAddresses lists the frontends of a pinned map of addresses.
+func dumpAddresses(path string) (all []Change, err error) {
+	m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
+	if err != nil {
+		return nil, err
+	}
+	defer m.Close()
+	a := newAddresses()
+	a.programs = m
+	if err := a.takeOver(); err != nil {
+		return nil, err
+	}
+	for f := range a.all() {
+		all = append(all, Change{Frontend: f})
+	}
 	return all, nil
 }
 

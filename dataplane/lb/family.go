@@ -126,11 +126,11 @@ func (f *family) publish(c Change, now time.Time) error {
 		if old = f.table.word(e); f.holds(e, owner, c) {
 			return nil
 		}
-	} else if f.hasRoom(c.Frontend.Scope) {
+	} else if f.table.used < f.options.Services {
 		e = f.table.place(k)
 	}
 	if e == nil {
-		return fmt.Errorf("services: %d of %d places are taken, and none is left for this one: %w", f.table.inside, f.options.Services, ErrFull)
+		return fmt.Errorf("services: %d of %d places are taken, and none is left for this one: %w", f.table.used, f.options.Services, ErrFull)
 	}
 
 	// The new backends are written where no reader looks, and then the word that leads to them, at once.
@@ -178,14 +178,6 @@ func (f *family) publish(c Change, now time.Time) error {
 		f.table.insert(e, k)
 	}
 	return nil
-}
-
-// hasRoom tells whether one more frontend of a scope may be there.
-func (f *family) hasRoom(scope Scope) bool {
-	if scope == Inside {
-		return f.table.inside < f.options.Services
-	}
-	return f.table.used-f.table.inside < (entriesFor-1)*f.options.Services
 }
 
 // store writes a backend, the word that tells its owner last.

@@ -42,9 +42,8 @@ const (
 
 // Options are fixed when a Balancer is loaded. The zero value means the defaults.
 type Options struct {
-	// Services is how many frontends of each IP version there may be for clients inside the cluster, at 256 bytes each,
-	// rounded up to a power of two and at least 8 KiB. For each of them there is room for one of another scope. 0 means
-	// DefaultServices.
+	// Services is how many frontends of each IP version there may be, for clients inside and outside, at 128 bytes each,
+	// rounded up to a power of two and at least 4 KiB. 0 means DefaultServices.
 	Services int
 	// Backends is how many backends of each IP version the backends maps hold: for IPv4 of all frontends that have more
 	// than three, at 8 bytes each; for IPv6 of all, at 32. It is rounded up to a power of two, and eight are not used. A
@@ -117,6 +116,7 @@ type Balancer struct {
 	links      []link.Link       // one for each hook; nil until Attach
 	devices    map[int]link.Link // by index
 	ipv4, ipv6 *family
+	addresses  *addresses
 	ranges     *annex[netip.Prefix, rangeKey]
 	lingering  *annex[netip.AddrPort, lingerKey]
 }
@@ -154,7 +154,7 @@ func Load(options Options) (_ *Balancer, err error) {
 	if err := options.validate(); err != nil {
 		return nil, err
 	}
-	b := &Balancer{options: options.withDefaults(), devices: make(map[int]link.Link), ranges: newAnnex(rangeKeyOf), lingering: newAnnex(lingerKeyOf)}
+	b := &Balancer{options: options.withDefaults(), devices: make(map[int]link.Link), addresses: newAddresses(), ranges: newAnnex(rangeKeyOf), lingering: newAnnex(lingerKeyOf)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, b.Close())
@@ -214,7 +214,7 @@ func Load(options Options) (_ *Balancer, err error) {
 			return nil, err
 		}
 	}
-	for name, m := range map[string]**ebpf.Map{packetMapInsiders: &b.insiders, packetMapClusterIps: &b.clusterIPs, packetMapRanges: &b.ranges.programs,
+	for name, m := range map[string]**ebpf.Map{packetMapInsiders: &b.insiders, packetMapClusterIps: &b.clusterIPs, packetMapAddresses: &b.addresses.programs, packetMapRanges: &b.ranges.programs,
 		socketMapLingering: &b.lingering.programs} {
 		if *m, err = maps[name].Clone(); err != nil {
 			return nil, err
@@ -228,7 +228,7 @@ func Load(options Options) (_ *Balancer, err error) {
 			return nil, fmt.Errorf("maps in %s: %w (delete the folder)", b.pinDir(), err)
 		}
 	}
-	return b, errors.Join(b.ranges.takeOver(), b.lingering.takeOver())
+	return b, errors.Join(b.addresses.takeOver(), b.ranges.takeOver(), b.lingering.takeOver())
 }
 
 // tableConstants are the constants by which programs find frontends.
@@ -261,8 +261,8 @@ func replacements(spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map) map[stri
 // openMaps makes the maps of the specs, or opens those that are pinned.
 func (b *Balancer) openMaps(specs ...*ebpf.CollectionSpec) (_ map[string]*ebpf.Map, err error) {
 	entries := map[string]int{
-		socketMapServices4:  tableBuckets(entriesFor*b.options.Services) + 1,
-		socketMapServices6:  tableBuckets(entriesFor*b.options.Services) + 1,
+		socketMapServices4:  tableBuckets(b.options.Services) + 1,
+		socketMapServices6:  tableBuckets(b.options.Services) + 1,
 		socketMapBackends4:  b.options.Backends,
 		socketMapBackends6:  b.options.Backends,
 		socketMapAffinities: b.options.Affinities,
@@ -272,6 +272,7 @@ func (b *Balancer) openMaps(specs ...*ebpf.CollectionSpec) (_ map[string]*ebpf.M
 		packetMapInsiders:   maxPrefixes,
 		packetMapClusterIps: maxPrefixes,
 		packetMapRanges:     b.options.Services,
+		packetMapAddresses:  2 * b.options.Services, // of both IP versions
 		socketMapLingering:  b.options.Services,
 	}
 	pin := ebpf.MapOptions{}
@@ -444,7 +445,7 @@ func (b *Balancer) Close() error {
 	for _, f := range b.families() {
 		errs = append(errs, f.close())
 	}
-	for _, m := range []*ebpf.Map{b.insiders, b.clusterIPs, b.ranges.programs, b.lingering.programs} {
+	for _, m := range []*ebpf.Map{b.insiders, b.clusterIPs, b.addresses.programs, b.ranges.programs, b.lingering.programs} {
 		errs = append(errs, m.Close())
 	}
 	return errors.Join(append(errs, b.objects.Close(), b.packets.Close(), b.forsake.Close())...)
@@ -453,10 +454,10 @@ func (b *Balancer) Close() error {
 // Counts tells how full the maps of an IP version are.
 type Counts struct {
 	Frontends        int // frontends for clients inside the cluster
-	Entries          int // frontends of all scopes
+	Entries          int // entries of the services map that are taken, for clients inside and outside
 	Backends         int // backends of all frontends together, in either map
 	Slots            int // entries of the backends map that are taken, those that wait out the grace period included
-	ServicesCapacity int // frontends for clients inside the cluster that the services map may hold
+	ServicesCapacity int // entries that the services map may hold
 	BackendsCapacity int // entries of the backends map that can be taken
 }
 

@@ -102,6 +102,15 @@ struct {
 	__uint(max_entries, 1 << 10);
 } cluster_ips SEC(".maps");
 
+// The addresses of the Services that there are.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, union address6);
+	__type(value, __u8);
+	__uint(max_entries, 1 << 16);
+} addresses SEC(".maps");
+
 // A range is where clients are of a frontend that is not for all. Its length counts the bits of the frontend, too.
 struct range {
 	__u32 length;
@@ -266,12 +275,12 @@ static __always_inline int admits(const struct flow *flow, const union address6 
 // set_key makes the key of the frontend that a packet is to.
 static __always_inline void set_key(struct flow *flow, const struct packet *packet, enum scope scope)
 {
-	struct frontend frontend __attribute__((aligned(8))) = { .scope = scope };
+	struct frontend frontend __attribute__((aligned(8))) = {
+		.port = packet->ports[1],
+		.protocol = packet->protocol,
+		.scope = scope,
+	};
 
-	if (scope != REST) {
-		frontend.port = packet->ports[1];
-		frontend.protocol = packet->protocol;
-	}
 	if (packet->is_ipv6) {
 		flow->key[1] = packet->destination.words[0];
 		flow->key[2] = packet->destination.words[1];
@@ -555,13 +564,11 @@ static __always_inline int refuse(struct __sk_buff *skb)
 // unknown says what becomes of a packet that is to no port of a Service: at the address of one it is refused, and dropped at
 // what may become the address of one. A flow that there was before is somebody's, and goes on; so does what another proxy on the node
 // translates, which nat.go's rules see after it.
-static __always_inline int unknown(struct __sk_buff *skb, const struct packet *packet, struct flow *flow, struct bpf_sock_tuple *tuple,
-				   __u32 size)
+static __always_inline int unknown(struct __sk_buff *skb, const struct packet *packet, struct bpf_sock_tuple *tuple, __u32 size)
 {
 	if (!is_in(&cluster_ips, &packet->destination) || (!packet->is_echo && has_entry(skb, packet, tuple, size)))
 		return TCX_NEXT;
-	set_key(flow, packet, REST);
-	skb->mark = exists(packet, flow) ? refuse_mark : discard_mark;
+	skb->mark = bpf_map_lookup_elem(&addresses, &packet->destination) ? refuse_mark : discard_mark;
 	return TCX_NEXT;
 }
 
@@ -574,12 +581,12 @@ static __always_inline int forward(struct __sk_buff *skb, int from_pod)
 	if (!read_packet(skb, &packet))
 		return TCX_NEXT;
 	if (packet.is_echo)
-		return unknown(skb, &packet, &flow, &tuple, 0);
+		return unknown(skb, &packet, &tuple, 0);
 
 	set_key(&flow, &packet, INSIDE);
 	__u32 size = tuple_of(&packet, &tuple);
 	if (!exists(&packet, &flow))
-		return unknown(skb, &packet, &flow, &tuple, size);
+		return unknown(skb, &packet, &tuple, size);
 	if (is_known(skb, &packet, &flow, &tuple, size))
 		return TCX_NEXT;
 

@@ -16,6 +16,7 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	packetMapAddresses     = "addresses"
 	packetMapAffinities    = "affinities"
 	packetMapBackends4     = "backends4"
 	packetMapBackends6     = "backends6"
@@ -84,6 +85,7 @@ type packetProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type packetMapSpecs struct {
+	Addresses  *ebpf.MapSpec `ebpf:"addresses"`
 	Affinities *ebpf.MapSpec `ebpf:"affinities"`
 	Backends4  *ebpf.MapSpec `ebpf:"backends4"`
 	Backends6  *ebpf.MapSpec `ebpf:"backends6"`
@@ -126,6 +128,7 @@ func (o *packetObjects) Close() error {
 //
 // It can be passed to loadPacketObjects or ebpf.CollectionSpec.LoadAndAssign.
 type packetMaps struct {
+	Addresses  *ebpf.Map `ebpf:"addresses"`
 	Affinities *ebpf.Map `ebpf:"affinities"`
 	Backends4  *ebpf.Map `ebpf:"backends4"`
 	Backends6  *ebpf.Map `ebpf:"backends6"`
@@ -138,6 +141,7 @@ type packetMaps struct {
 
 func (m *packetMaps) Close() error {
 	return _PacketClose(
+		m.Addresses,
 		m.Affinities,
 		m.Backends4,
 		m.Backends6,

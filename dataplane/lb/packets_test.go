@@ -291,7 +291,7 @@ func TestPacketsOfAFlow(t *testing.T) {
 	})
 }
 
-// With each frontend for clients inside the cluster there is room for one of another scope.
+// Addresses take no place from frontends.
 func TestFullOfScopes(t *testing.T) {
 	b, err := lb.Load(lb.Options{Services: 2})
 	if err != nil {
@@ -299,7 +299,8 @@ func TestFullOfScopes(t *testing.T) {
 	}
 	defer b.Close()
 	first, second := "10.96.0.1:80", "10.96.0.2:80"
-	mustSync(t, b, to(rest(first)), to(outside(tcp(first))), to(tcp(first)), to(tcp(second)))
-	wantFull(t, b.Sync([]lb.Change{to(rest(second))}), rest(second))
-	wantFull(t, b.Sync([]lb.Change{to(udp(second))}), udp(second))
+	mustSync(t, b, to(rest(first)), to(rest(second)), to(tcp(first)), to(outside(tcp(first))))
+	wantFull(t, b.Sync([]lb.Change{to(tcp(second))}), tcp(second))
+	mustSync(t, b, lb.Change{Frontend: outside(tcp(first)), Withdraw: true})
+	mustSync(t, b, to(tcp(second)))
 }

@@ -5,6 +5,7 @@ package lb
 import (
 	"errors"
 	"fmt"
+	"iter"
 	"net/netip"
 	"slices"
 
@@ -177,4 +178,56 @@ func (a *annex[T, K]) keep(f Frontend, items []T) error {
 		delete(a.of, f)
 	}
 	return errors.Join(errs...)
+}
+
+// addresses are those of the frontends of scope Rest. Their map is not the services map, whose look-ups would be slower for them.
+type addresses struct {
+	programs *ebpf.Map
+	are      map[netip.Addr]bool
+}
+
+func newAddresses() *addresses { return &addresses{are: make(map[netip.Addr]bool)} }
+
+// takeOver learns what the map holds.
+func (a *addresses) takeOver() error {
+	var k [16]byte
+	var value uint8
+	all := a.programs.Iterate()
+	for all.Next(&k, &value) {
+		a.are[netip.AddrFrom16(k).Unmap()] = true
+	}
+	if err := all.Err(); err != nil {
+		return fmt.Errorf("read %v: %w", a.programs, err)
+	}
+	return nil
+}
+
+// set has an address be one of them, or not.
+func (a *addresses) set(address netip.Addr, is bool) error {
+	switch {
+	case is == a.are[address]:
+		return nil
+	case is:
+		if err := a.programs.Put(address.As16(), uint8(1)); err != nil {
+			return explainPut(a.programs, address, err)
+		}
+		a.are[address] = true
+	default:
+		if err := a.programs.Delete(address.As16()); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("remove %v from %v: %w", address, a.programs, err)
+		}
+		delete(a.are, address)
+	}
+	return nil
+}
+
+// all lists the frontends.
+func (a *addresses) all() iter.Seq[Frontend] {
+	return func(yield func(Frontend) bool) {
+		for address := range a.are {
+			if !yield(Frontend{Address: netip.AddrPortFrom(address, 0), Scope: Rest}) {
+				return
+			}
+		}
+	}
 }

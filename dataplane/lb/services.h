@@ -17,12 +17,10 @@ struct frontend {
 	__u8 scope;
 };
 
-// A frontend may be another one to clients outside the cluster, of whom only packets are seen. What is at an address besides
-// its ports has neither port nor protocol.
+// A frontend may be another one to clients outside the cluster, of whom only packets are seen.
 enum scope {
 	INSIDE,
 	OUTSIDE,
-	REST,
 };
 
 #define KEY4 1 // words of a key

@@ -105,7 +105,7 @@ func FuzzSnapshot(f *testing.F) {
 		if err := balancer.Sync(held); err != nil {
 			t.Errorf("what was published cannot be withdrawn: %v", err)
 		}
-		if ipv4, ipv6 := balancer.Counts(); ipv4.Entries+ipv6.Entries > 0 || len(balancer.ranges.of)+len(balancer.lingering.of) > 0 {
+		if ipv4, ipv6 := balancer.Counts(); ipv4.Entries+ipv6.Entries > 0 || len(balancer.addresses.are)+len(balancer.ranges.of)+len(balancer.lingering.of) > 0 {
 			t.Errorf("something is left: %+v, %+v, %v", ipv4, ipv6, balancer.ranges.of)
 		}
 	})

@@ -101,6 +101,9 @@ func (b *Balancer) change(c Change, now time.Time) error {
 	}
 	// A mapped address is the same frontend.
 	c.Frontend.Address = netip.AddrPortFrom(c.Frontend.Address.Addr().Unmap(), c.Frontend.Address.Port())
+	if c.Frontend.Scope == Rest {
+		return b.addresses.set(c.Frontend.Address.Addr(), !c.Withdraw)
+	}
 	f := b.familyOf(c.Frontend)
 	if c.Withdraw {
 		f.withdraw(c, now)
@@ -140,6 +143,7 @@ func (b *Balancer) Frontends() iter.Seq[Frontend] {
 				}
 			}
 		}
+		b.addresses.all()(yield)
 	}
 }
 
@@ -157,6 +161,9 @@ func (b *Balancer) Changes() ([]Change, error) {
 			return nil, err
 		}
 		all = append(all, changes...)
+	}
+	for f := range b.addresses.all() {
+		all = append(all, Change{Frontend: f})
 	}
 	for i := range all {
 		all[i].Ranges = slices.Clone(b.ranges.of[all[i].Frontend])
@@ -176,8 +183,8 @@ func (c Change) check() error {
 	if err := c.Frontend.check(); err != nil {
 		return err
 	}
-	if len(c.Backends) > 0 && c.Frontend.Scope == Rest {
-		return errors.New("what is besides the ports has no backends")
+	if len(c.Backends)+len(c.Ranges)+len(c.Lingering) > 0 && c.Frontend.Scope == Rest {
+		return errors.New("what is besides the ports has neither backends nor clients of its own")
 	}
 	for _, r := range c.Ranges {
 		if !r.IsValid() || r.Addr().Is4() != c.Frontend.Address.Addr().Unmap().Is4() {

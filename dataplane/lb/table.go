@@ -52,10 +52,6 @@ type table struct {
 	inside   int      // those of them that are for clients inside the cluster
 }
 
-// entriesFor is how many entries there is room for with each frontend for clients inside the cluster: itself, and either one for clients
-// outside or what is at its address besides ports.
-const entriesFor = 2
-
 // tableBuckets is how many buckets, a power of two, keep the table half empty with so many frontends.
 func tableBuckets(services int) int {
 	return roundUpPowerOfTwo((2*services + bucketEntries - 1) / bucketEntries)
