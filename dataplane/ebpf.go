@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"net/netip"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/plimsoll-bench/plimsoll/clusters"
 	"github.com/plimsoll-bench/plimsoll/dataplane/lb"
 )
@@ -34,10 +36,10 @@ func loadsBalancer(options lb.Options, try func(*lb.Balancer) error) error {
 	if err == nil {
 		err = errors.Join(try(b), b.Close())
 	}
-	if err != nil {
+	if errors.Is(err, lb.ErrNotSupported) || errors.Is(err, unix.EPERM) {
 		return fmt.Errorf("%s: %w", complaint([]byte(err.Error())), clusters.ErrNotSupported)
 	}
-	return nil
+	return err // the load balancer's own fault
 }
 
 func (m ebpf) Spec(s Settings) clusters.ProxySpec {

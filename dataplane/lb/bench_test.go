@@ -64,6 +64,48 @@ func BenchmarkConnect(b *testing.B) {
 	}
 }
 
+// BenchmarkRoundTrip times a question and its answer over loopback: through a Service, on an unconnected UDP socket, on a connected one and
+// on a TCP connection that is kept, in blocks of 500 with as many direct ones from a pod without the programs between them. An operation is a
+// block of each. Reported are the medians, and the median of the ratios of neighbouring blocks.
+func BenchmarkRoundTrip(b *testing.B) {
+	const block = 500
+	for _, trip := range []lbtest.Trip{lbtest.Datagram, lbtest.Connected, lbtest.Stream} {
+		b.Run(string(trip), func(b *testing.B) {
+			plain, translated := lbtest.StartPod(b), lbtest.StartPod(b)
+			plain.Echo(b, sinks[0])
+			translated.Echo(b, sinks[0])
+			mustSync(b, mustLoad(b, translated, lb.Options{}), to(udp(vip), sinks[0]), to(tcp(vip), sinks[0]))
+			inBlocks(b, func() float64 {
+				return median(plain.RoundTripTimes(b, trip, sinks[0], block))
+			}, func() float64 {
+				return median(translated.RoundTripTimes(b, trip, vip, block))
+			})
+		})
+	}
+}
+
+// BenchmarkTax times connect(2) to what is no Service, with the programs and 50,000 Services and without, in blocks as the others.
+func BenchmarkTax(b *testing.B) {
+	const block = 500
+	plain, translated := mustSinks(b), mustSinks(b)
+	mustCarry(b, translated, lb.Options{}, 50_000)
+	inBlocks(b, func() float64 { return median(plain.ConnectTimes(b, block, sinks)) }, func() float64 { return median(translated.ConnectTimes(b, block, sinks)) })
+}
+
+// inBlocks times blocks of two kinds in turn, which return medians in nanoseconds, and reports these and the ratio.
+func inBlocks(b *testing.B, plain, translated func() float64) {
+	b.Helper()
+	var direct, service, ratios []float64
+	for b.Loop() {
+		d := plain()
+		s := translated()
+		direct, service, ratios = append(direct, d), append(service, s), append(ratios, s/d)
+	}
+	b.ReportMetric(median(direct), "direct-ns")
+	b.ReportMetric(median(service), "service-ns")
+	b.ReportMetric(median(ratios), "ratio")
+}
+
 // BenchmarkHook times the hook per call, as the kernel counts it (BPF_STATS_RUN_TIME), for connects to random Services, in
 // blocks with as many of a pod with an empty program on the same hook between them. An operation is a block of each.
 func BenchmarkHook(b *testing.B) {

@@ -19,6 +19,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 )
@@ -312,10 +313,16 @@ func (b *Balancer) explainLoad(err error) error {
 		return fmt.Errorf("load the socket hooks: %w: %w", ErrNotSupported, err)
 	case errors.Is(err, unix.EPERM):
 		return fmt.Errorf("load the socket hooks: BPF is not permitted here (want root, or CAP_BPF and CAP_NET_ADMIN): %w", err)
-	case !refusesConnects():
+	case !refusesConnects() || isOlderThan(6, 1):
 		return fmt.Errorf("load the socket hooks: bpf_set_retval (Linux 6.1): %w: %w", ErrNotSupported, err)
 	}
 	return fmt.Errorf("load the socket hooks: %w", err)
+}
+
+// isOlderThan tells whether this kernel is older than a version. It decides nothing but what a failure is called.
+func isOlderThan(major, minor uint32) bool {
+	version, err := features.LinuxVersionCode()
+	return err == nil && version < major<<16|minor<<8
 }
 
 // refusesConnects tells whether a program at connect4 may choose the errno.

@@ -60,7 +60,7 @@ const (
 func (b *Balancer) KeepNAT() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.changeNAT(func(nft *nftables.Conn) error {
+	err := b.changeNAT(func(nft *nftables.Conn) error {
 		if err := addNAT(nft); err != nil {
 			return err
 		}
@@ -73,6 +73,10 @@ func (b *Balancer) KeepNAT() error {
 		}
 		return nil
 	})
+	if errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("%w: NAT by nf_tables: %w", ErrNotSupported, err)
+	}
+	return err
 }
 
 // changeNAT makes a change of natTable where the devices are.

@@ -32,7 +32,7 @@ func (b *Balancer) loadPackets(spec *ebpf.CollectionSpec, maps map[string]*ebpf.
 		return err
 	}
 	if err := spec.LoadAndAssign(&b.packets, &ebpf.CollectionOptions{MapReplacements: replacements(spec, maps)}); err != nil {
-		if errors.Is(err, ebpf.ErrNotSupported) {
+		if errors.Is(err, ebpf.ErrNotSupported) || isOlderThan(6, 7) {
 			return fmt.Errorf("load the packet programs (want Linux 6.7 with conntrack, NAT and BTF): %w: %w", ErrNotSupported, err)
 		}
 		return fmt.Errorf("load the packet programs: %w", err)
