@@ -40,6 +40,7 @@ type syncer struct {
 	status     *status
 	runner     *runner.BoundedFrequencyRunner
 	complete   func()
+	flows      chan struct{} // says that udp has some; has room for one
 	services   *proxy.ServiceChangeTracker
 	endpoints  *proxy.EndpointsChangeTracker
 
@@ -60,7 +61,6 @@ type syncer struct {
 	pruned      bool      // whether a former agent's frontends were looked through
 	synced      time.Time // the last sync without an error; zero: none yet
 	failed      int       // frontends that the last sync could not program
-	cleaned     time.Time // when conntrack was last looked at
 }
 
 var (
@@ -94,6 +94,7 @@ func newSyncer(cfg Config, family v1.IPFamily, balancer *lb.Balancer, network *n
 		health:      newServiceHealth(cfg, family, status),
 		complete:    sync.OnceFunc(complete),
 		udp:         make(proxy.ServicePortMap),
+		flows:       make(chan struct{}, 1),
 		noLocal: map[string]sets.Set[proxy.ServicePortName]{
 			internal: sets.New[proxy.ServicePortName](), external: sets.New[proxy.ServicePortName](),
 		},
@@ -107,7 +108,12 @@ func newSyncer(cfg Config, family v1.IPFamily, balancer *lb.Balancer, network *n
 // loop syncs when there is something to, until stop is closed.
 func (s *syncer) loop(stop <-chan struct{}) {
 	s.status.started(s.family)
+	var cleaner sync.WaitGroup
+	if s.network != nil {
+		cleaner.Go(func() { s.clean(stop) })
+	}
 	s.runner.Loop(stop)
+	cleaner.Wait()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := s.health.close(); err != nil {
@@ -321,21 +327,46 @@ func (s *syncer) noteUDP(name proxy.ServicePortName, port proxy.ServicePort) {
 // its syncs, 1 s.
 const cleanPeriod = time.Second
 
-// cleanUDP has flows of UDP leave endpoints that are gone. What comes too soon is for another sync.
-func (s *syncer) cleanUDP() {
+// clean has flows of UDP by packets leave endpoints that are gone, after syncs, until stop is closed.
+func (s *syncer) clean(stop <-chan struct{}) {
+	pause := time.NewTicker(cleanPeriod)
+	defer pause.Stop()
+	for {
+		select {
+		case <-stop:
+			return
+		case <-s.flows:
+		}
+		s.mu.Lock()
+		ports, endpoints := s.udp, make(proxy.EndpointsMap)
+		s.udp = make(proxy.ServicePortMap)
+		for name := range ports {
+			endpoints[name] = s.endpointsOf[name]
+		}
+		s.mu.Unlock()
+		s.network.cleanUDP(s.family, ports, endpoints)
+		select {
+		case <-stop:
+			return
+		case <-pause.C:
+		}
+	}
+}
+
+// cleanLater has flows of UDP leave endpoints that are gone, once the load balancer gives these to nobody.
+func (s *syncer) cleanLater() {
 	if len(s.udp) == 0 {
 		return
 	}
 	s.sweep.note()
-	if s.network != nil {
-		if wait := cleanPeriod - time.Since(s.cleaned); wait > 0 {
-			time.AfterFunc(wait, s.request)
-			return
-		}
-		s.cleaned = time.Now()
-		s.network.cleanUDP(s.family, s.udp, s.endpointsOf)
+	if s.network == nil {
+		s.udp = make(proxy.ServicePortMap)
+		return
 	}
-	s.udp = make(proxy.ServicePortMap)
+	select {
+	case s.flows <- struct{}{}:
+	default:
+	}
 }
 
 // sync gives the load balancer what changed since it ran last. An error has it run again after retryPeriod.
@@ -357,7 +388,7 @@ func (s *syncer) sync() error {
 	if len(changes) > 0 {
 		s.save.note()
 	}
-	s.cleanUDP()
+	s.cleanLater()
 	if err := s.health.sync(s.endpointsOf); err != nil {
 		klog.ErrorS(err, "Health checks of Services not served", "ipFamily", s.family)
 	}
