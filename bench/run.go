@@ -70,7 +70,7 @@ func newRunCommand() *cobra.Command {
 	f := cmd.Flags()
 	f.StringVar(&o.provider, "provider", "lab", "where nodes come from (plimsoll list); auto: kind where a container engine answers and a node image can be had, else lab")
 	f.StringVar(&o.profile, "profile", "default", "quick, default or full: ladder, rounds and limits that other flags change")
-	f.StringSliceVar(&o.plan.Modes, "modes", []string{"direct", "direct-conntrack", "iptables", "iptables-legacy", "ipvs", "nftables", "ebpf", "ebpf-packet"}, "modes to compare (plimsoll list)")
+	f.StringSliceVar(&o.plan.Modes, "modes", []string{"direct", "direct-conntrack", "iptables", "iptables-legacy", "ipvs", "nftables", "ebpf"}, "modes to compare; ebpf-packet is another (plimsoll list)")
 	f.IntSliceVar(&o.plan.Services, "services", nil, "numbers of Services, ascending")
 	f.IntVar(&o.plan.Endpoints, "endpoints", 2, "endpoints of each Service")
 	f.IntVar(&o.plan.Rounds, "rounds", 0, "visits of every mode at every rung, at least 6")
