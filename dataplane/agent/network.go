@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/klog/v2"
@@ -112,7 +111,7 @@ func (n *network) run(ctx context.Context, started chan<- error) {
 	links, stop := make(chan netlink.LinkUpdate), make(chan struct{})
 	defer close(stop)
 	// Subtle: watched before they are listed, so that none is missed.
-	err := n.enter()
+	err := lb.EnterNetNS(n.cfg.NetNS)
 	if err == nil {
 		err = n.watch(links, stop)
 	}
@@ -172,21 +171,6 @@ func (n *network) restoreNAT() {
 func drain(links <-chan netlink.LinkUpdate) {
 	for range links {
 	}
-}
-
-func (n *network) enter() error {
-	if n.cfg.NetNS == "" {
-		return nil
-	}
-	ns, err := netns.GetFromPath(n.cfg.NetNS)
-	if err != nil {
-		return fmt.Errorf("open the network namespace %s: %w", n.cfg.NetNS, err)
-	}
-	defer ns.Close()
-	if err := netns.Set(ns); err != nil {
-		return fmt.Errorf("enter the network namespace %s: %w", n.cfg.NetNS, err)
-	}
-	return nil
 }
 
 func (n *network) watch(links chan netlink.LinkUpdate, stop <-chan struct{}) error {

@@ -211,17 +211,27 @@ func InNetNS(file string, f func() error) error {
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread() // never unlocked: the thread ends with this goroutine
-		ns, err := netns.GetFromPath(file)
-		if err != nil {
-			done <- fmt.Errorf("open the network namespace %s: %w", file, err)
-			return
-		}
-		defer ns.Close()
-		if err := netns.Set(ns); err != nil {
-			done <- fmt.Errorf("enter the network namespace %s: %w", file, err)
+		if err := EnterNetNS(file); err != nil {
+			done <- err
 			return
 		}
 		done <- f()
 	}()
 	return <-done
+}
+
+// EnterNetNS moves the calling thread, to which its goroutine is locked, into the network namespace of that file, or nowhere if there is none.
+func EnterNetNS(file string) error {
+	if file == "" {
+		return nil
+	}
+	ns, err := netns.GetFromPath(file)
+	if err != nil {
+		return fmt.Errorf("open the network namespace %s: %w", file, err)
+	}
+	defer ns.Close()
+	if err := netns.Set(ns); err != nil {
+		return fmt.Errorf("enter the network namespace %s: %w", file, err)
+	}
+	return nil
 }

@@ -28,18 +28,26 @@ func (b *Balancer) Supersede() error {
 	if b.options.PinDir == "" {
 		return nil
 	}
-	entries, err := os.ReadDir(b.options.PinDir)
+	return removeLayouts(b.options.PinDir, layout)
+}
+
+// removeLayouts removes the folders of all layouts but one under a pin folder, which need not be there.
+func removeLayouts(pinDir, but string) error {
+	entries, err := os.ReadDir(pinDir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
 	if err != nil {
-		return fmt.Errorf("look for former layouts: %w", err)
+		return fmt.Errorf("look for pins: %w", err)
 	}
 	var errs []error
 	for _, e := range entries {
-		if e.IsDir() && e.Name() != layout && layouts.MatchString(e.Name()) {
-			errs = append(errs, os.RemoveAll(filepath.Join(b.options.PinDir, e.Name())))
+		if e.IsDir() && e.Name() != but && layouts.MatchString(e.Name()) {
+			errs = append(errs, os.RemoveAll(filepath.Join(pinDir, e.Name())))
 		}
 	}
 	if err := errors.Join(errs...); err != nil {
-		return fmt.Errorf("remove a former layout: %w", err)
+		return fmt.Errorf("remove pins: %w", err)
 	}
 	return nil
 }

@@ -197,12 +197,14 @@ func (c Change) check() error {
 	if c.Affinity.ID > maxAffinity || c.Affinity.Timeout < 0 || c.Affinity.Timeout > maxAffinity {
 		return fmt.Errorf("affinity %+v: want an ID of 48 bits and a timeout of at most %v", c.Affinity, time.Duration(maxAffinity))
 	}
-	for _, backend := range slices.Concat(c.Backends, c.Lingering) {
-		if err := checkAddress("backend", backend); err != nil {
-			return err
-		}
-		if backend.Addr().Unmap().Is4() != c.Frontend.Address.Addr().Unmap().Is4() {
-			return fmt.Errorf("backend %v is of another IP version", backend)
+	for _, backends := range [][]netip.AddrPort{c.Backends, c.Lingering} {
+		for _, backend := range backends {
+			if err := checkAddress("backend", backend); err != nil {
+				return err
+			}
+			if backend.Addr().Unmap().Is4() != c.Frontend.Address.Addr().Unmap().Is4() {
+				return fmt.Errorf("backend %v is of another IP version", backend)
+			}
 		}
 	}
 	return nil
