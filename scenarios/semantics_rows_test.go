@@ -33,7 +33,6 @@ const (
 	untold        = "the kernel tells an unconnected socket of no ICMP error (udp(7)); the hook has sendto(2) fail"
 	sameTuple     = "both sockets would be connected from one port to one port of the endpoint; NAT changes the client's port"
 	unmasqueraded = "a socket is connected to the endpoint before there is a packet, whose source is the client's own"
-	unknownClient = "at connect the client's address is not known yet: with source ranges the address is left to the packet path, which this node does not have"
 )
 
 // bySockets is what is seen in mode ebpf.
@@ -264,7 +263,7 @@ var rows = []row{
 		{change: becomes(ranges("198.18.0.0/24")), from: fromOutside, to: ingress(80), want: silence},
 		{from: fromOutside, to: external(80), want: "near+far saw node"},
 		{from: fromOutside, to: nodePort(nodeIP), want: "near+far saw node"},
-		{from: insiders, to: ingress(80), want: "near+far saw node", differs: bySockets(silence), why: unknownClient},
+		{from: insiders, to: ingress(80), want: "near+far saw node", differs: bySockets("near+far saw itself"), why: unmasqueraded},
 		{change: becomes(ranges(outsiderIP+"/32", "0.0.0.0/0")), from: anybody, to: ingress(80), want: "near+far saw node", differs: bySockets("near+far saw itself"), why: unmasqueraded},
 	}},
 	{name: "external policy Local", service: all(balanced, externalIPs, externalLocal), steps: append(append(

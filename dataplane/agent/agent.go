@@ -125,7 +125,10 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if cfg.Snapshot != "" {
 		restore(balancer, cfg.Snapshot, cfg.NodeName)
 	}
+	var count *census
 	if cfg.Cgroup != "" {
+		count = &census{balancer, cfg.Cgroup}
+		count.take()
 		if err := balancer.Attach(cfg.Cgroup); err != nil {
 			return err
 		}
@@ -230,6 +233,9 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if sweep != nil {
 		watches.Go(func() { sweep.run(ctx) })
 	}
+	if count != nil {
+		watches.Go(func() { count.run(ctx) })
+	}
 	watches.Go(func() { serviceConfig.Run(ctx.Done()) })
 	watches.Go(func() { sliceConfig.Run(ctx.Done()) })
 	watches.Go(func() { nodeConfig.Run(ctx.Done()) })
@@ -270,7 +276,7 @@ func nodeFactory(cfg Config) informers.SharedInformerFactory {
 // labelServiceProxyName names another proxy that a Service is meant for (KEP-2447).
 const labelServiceProxyName = "service.kubernetes.io/service-proxy-name"
 
-// strip drops what is large and never read from an object before it is kept.
+// strip drops what is large and never read from an object before it is kept, and adds what its readers take for granted.
 func strip(object any) (any, error) {
 	if accessor, err := meta.Accessor(object); err == nil {
 		accessor.SetManagedFields(nil)
@@ -278,6 +284,13 @@ func strip(object any) (any, error) {
 	if slice, ok := object.(*discovery.EndpointSlice); ok {
 		for i := range slice.Endpoints {
 			slice.Endpoints[i].TargetRef = nil
+		}
+	}
+	// The API server sees to it, but kube-proxy's tracker panics without.
+	if service, ok := object.(*v1.Service); ok && service.Spec.SessionAffinity == v1.ServiceAffinityClientIP {
+		if c := service.Spec.SessionAffinityConfig; c == nil || c.ClientIP == nil || c.ClientIP.TimeoutSeconds == nil {
+			seconds := v1.DefaultClientIPServiceAffinitySeconds
+			service.Spec.SessionAffinityConfig = &v1.SessionAffinityConfig{ClientIP: &v1.ClientIPConfig{TimeoutSeconds: &seconds}}
 		}
 	}
 	return object, nil

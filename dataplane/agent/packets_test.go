@@ -3,10 +3,15 @@
 package agent_test
 
 import (
+	"fmt"
+	"io"
 	"maps"
+	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
@@ -37,6 +42,14 @@ type packetRig struct {
 // startPacketRig runs an agent over objects until the test ends.
 func startPacketRig(t *testing.T, objects ...runtime.Object) *packetRig {
 	t.Helper()
+	r := newPacketRig(t, objects...)
+	r.run(r.looksAtPackets())
+	return r
+}
+
+// newPacketRig is a rig whose agent does not run yet.
+func newPacketRig(t *testing.T, objects ...runtime.Object) *packetRig {
+	t.Helper()
 	cidr := &networking.ServiceCIDR{ObjectMeta: metav1.ObjectMeta{Name: "kubernetes"}, Spec: networking.ServiceCIDRSpec{CIDRs: []string{"10.96.0.0/16"}}}
 	r := &packetRig{rig: newRig(t, append(objects, cidr)...), node: lbtest.StartNode(t, nodeAddress)}
 	r.pod = r.node.AddPod(t, "pod-client", clientIP)
@@ -45,11 +58,15 @@ func startPacketRig(t *testing.T, objects ...runtime.Object) *packetRig {
 		r.here.Listen(t, network, hereWeb)
 		r.there.Listen(t, network, thereWeb)
 	}
-	r.run(agent.Config{
+	return r
+}
+
+// looksAtPackets configures an agent without socket hooks.
+func (r *packetRig) looksAtPackets() agent.Config {
+	return agent.Config{
 		Devices: []string{"*"}, NetNS: r.node.NetNS(),
 		Local: agent.Local{Mode: agent.ClusterCIDR, CIDRs: []netip.Prefix{netip.MustParsePrefix(podCIDR)}},
-	})
-	return r
+	}
 }
 
 // from is a rig whose connects come from another pod.
@@ -201,4 +218,58 @@ func TestPacketsLeaveGoneEndpoints(t *testing.T) {
 	exchange(hereWeb)
 	r.updateSlice(slice("web-1", "dns", v1.ProtocolUDP, endpoint(thereIP, otherNode)))
 	exchange(thereWeb)
+}
+
+// A pod is one client at its sockets and by its packets: for session affinity and for source ranges.
+func TestOneClientBothWays(t *testing.T) {
+	sticky := exposed(func(s *v1.Service) {
+		s.Spec.SessionAffinity = v1.ServiceAffinityClientIP
+		s.Spec.LoadBalancerSourceRanges = []string{clientIP + "/32"}
+	})
+	r := newPacketRig(t, sticky)
+	many := slice("web-1", "http", v1.ProtocolTCP)
+	var addresses []string
+	for i := range 16 {
+		addresses = append(addresses, fmt.Sprint("10.1.1.", i+1))
+		many.Endpoints = append(many.Endpoints, endpoint(addresses[i], thisNode))
+	}
+	endpoints := r.node.AddPod(t, "pod-many", addresses...)
+	for _, address := range addresses {
+		endpoints.Listen(t, "tcp", address+":8080")
+	}
+	r.create(many)
+	cfg := r.looksAtPackets()
+	cfg.Cgroup = r.pod.Cgroup
+	r.run(cfg)
+
+	// The test is not in the pod's cgroup.
+	byPackets := func(address string) (server string) {
+		r.pod.Enter(t, func() error {
+			conn, err := net.DialTimeout("tcp", address, 3*time.Second)
+			if err != nil {
+				return err
+			}
+			defer conn.Close()
+			answer, err := io.ReadAll(conn)
+			server, _, _ = strings.Cut(string(answer), " ")
+			return err
+		})
+		return server
+	}
+	// That a socket is connected to the endpoint shows by whom that sees, as packets to this address are masqueraded.
+	addresses = []string{http80, ingressIP + ":80", externalIP + ":80"}
+	for _, address := range addresses {
+		r.eventually(func() bool {
+			return r.pod.ConnectBriefly(t, "tcp", address).Clients[clientIP] == 1
+		}, func() string { return "no socket was connected to an endpoint of " + address })
+	}
+	got := r.pod.Connect(t, "tcp", http80, 20)
+	if len(got.Answers) != 1 || len(got.Errors) > 0 {
+		t.Fatalf("at the socket: want one endpoint to answer, got %+v", got)
+	}
+	for _, address := range addresses {
+		if server := byPackets(address); got.Answers[server] != 20 {
+			t.Errorf("by packets %s answers at %s, and at the socket %v", server, address, got.Answers)
+		}
+	}
 }

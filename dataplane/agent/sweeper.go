@@ -5,11 +5,7 @@ package agent
 import (
 	"context"
 	"errors"
-	"io/fs"
 	"os"
-	"path/filepath"
-	"strings"
-	"syscall"
 	"time"
 
 	"k8s.io/klog/v2"
@@ -68,30 +64,12 @@ func (s *sweeper) run(ctx context.Context) {
 
 func (s *sweeper) sweep() error {
 	var errs []error
-	seen := make(map[uint64]bool)
-	err := filepath.WalkDir(s.cgroup, func(path string, entry fs.DirEntry, err error) error {
-		if err != nil || !entry.IsDir() {
-			return nil // a cgroup that is gone meanwhile
+	err := eachNetNS(s.cgroup, func(file string) error {
+		err := s.balancer.Forsake(file)
+		if errors.Is(err, lb.ErrNotSupported) || errors.Is(err, os.ErrNotExist) {
+			return err
 		}
-		processes, err := os.ReadFile(filepath.Join(path, "cgroup.procs"))
-		if err != nil {
-			return nil // gone, or threaded: its processes are those of its parent
-		}
-		for pid := range strings.FieldsSeq(string(processes)) {
-			ns := "/proc/" + pid + "/ns/net" // pid 0 is out of this container's sight, and has none
-			if info, err := os.Stat(ns); err != nil {
-				continue
-			} else if inode := info.Sys().(*syscall.Stat_t).Ino; !seen[inode] {
-				seen[inode] = true
-				err := s.balancer.Forsake(ns)
-				if errors.Is(err, lb.ErrNotSupported) {
-					return err
-				}
-				if !errors.Is(err, os.ErrNotExist) { // else the process is gone
-					errs = append(errs, err)
-				}
-			}
-		}
+		errs = append(errs, err)
 		return nil
 	})
 	return errors.Join(append(errs, err)...)

@@ -42,7 +42,7 @@ func Dump(pinDir string) (_ []Change, err error) {
 		return nil, fmt.Errorf("maps in %s: %w", dir, err)
 	}
 	all = append(all, rest...)
-	if err := dumpRanges(filepath.Join(dir, packetMapRanges), all); err != nil {
+	if err := dumpRanges(filepath.Join(dir, socketMapRanges), all); err != nil {
 		return nil, fmt.Errorf("maps in %s: %w", dir, err)
 	}
 	slices.SortFunc(all, func(a, b Change) int {

@@ -55,8 +55,6 @@ static __always_inline int keeps(void *services, void *backends, const volatile 
 	if (!entry)
 		return 0;
 	__u64 service = READ_ONCE(entry[words]);
-	if (service & RANGES)
-		return 0;
 	if (service == flow->choice.service) {
 		__u64 backend[KEY6] = {};
 

@@ -21,8 +21,11 @@ const (
 	forsakeMapBackends6  = "backends6"
 	forsakeMapDatagrams  = "datagrams"
 	forsakeMapLingering  = "lingering"
+	forsakeMapNamespaces = "namespaces"
+	forsakeMapRanges     = "ranges"
 	forsakeMapServices4  = "services4"
 	forsakeMapServices6  = "services6"
+	forsakeMapStrangers  = "strangers"
 	forsakeProgForsake   = "forsake"
 	forsakeVarBucketMask = "bucket_mask"
 	forsakeVarSeeds4     = "seeds4"
@@ -83,8 +86,11 @@ type forsakeMapSpecs struct {
 	Backends6  *ebpf.MapSpec `ebpf:"backends6"`
 	Datagrams  *ebpf.MapSpec `ebpf:"datagrams"`
 	Lingering  *ebpf.MapSpec `ebpf:"lingering"`
+	Namespaces *ebpf.MapSpec `ebpf:"namespaces"`
+	Ranges     *ebpf.MapSpec `ebpf:"ranges"`
 	Services4  *ebpf.MapSpec `ebpf:"services4"`
 	Services6  *ebpf.MapSpec `ebpf:"services6"`
+	Strangers  *ebpf.MapSpec `ebpf:"strangers"`
 }
 
 // forsakeVariableSpecs contains global variables before they are loaded into the kernel.
@@ -121,8 +127,11 @@ type forsakeMaps struct {
 	Backends6  *ebpf.Map `ebpf:"backends6"`
 	Datagrams  *ebpf.Map `ebpf:"datagrams"`
 	Lingering  *ebpf.Map `ebpf:"lingering"`
+	Namespaces *ebpf.Map `ebpf:"namespaces"`
+	Ranges     *ebpf.Map `ebpf:"ranges"`
 	Services4  *ebpf.Map `ebpf:"services4"`
 	Services6  *ebpf.Map `ebpf:"services6"`
+	Strangers  *ebpf.Map `ebpf:"strangers"`
 }
 
 func (m *forsakeMaps) Close() error {
@@ -132,8 +141,11 @@ func (m *forsakeMaps) Close() error {
 		m.Backends6,
 		m.Datagrams,
 		m.Lingering,
+		m.Namespaces,
+		m.Ranges,
 		m.Services4,
 		m.Services6,
+		m.Strangers,
 	)
 }
 

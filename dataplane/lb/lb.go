@@ -111,6 +111,7 @@ type Balancer struct {
 	forsake              forsakeObjects
 	forsakeErr           error // why the kernel cannot carry it; nil if it can
 	insiders, clusterIPs *ebpf.Map
+	namespaces           *ebpf.Map
 
 	// Guarded by mu.
 	mu         sync.Mutex
@@ -215,8 +216,8 @@ func Load(options Options) (_ *Balancer, err error) {
 			return nil, err
 		}
 	}
-	for name, m := range map[string]**ebpf.Map{packetMapInsiders: &b.insiders, packetMapClusterIps: &b.clusterIPs, packetMapAddresses: &b.addresses.programs, packetMapRanges: &b.ranges.programs,
-		socketMapLingering: &b.lingering.programs} {
+	for name, m := range map[string]**ebpf.Map{packetMapInsiders: &b.insiders, packetMapClusterIps: &b.clusterIPs, packetMapAddresses: &b.addresses.programs, socketMapRanges: &b.ranges.programs,
+		socketMapLingering: &b.lingering.programs, socketMapNamespaces: &b.namespaces} {
 		if *m, err = maps[name].Clone(); err != nil {
 			return nil, err
 		}
@@ -270,9 +271,11 @@ func (b *Balancer) openMaps(specs ...*ebpf.CollectionSpec) (_ map[string]*ebpf.M
 		// What sockets remember has no size of its own.
 		socketMapDatagrams:  0,
 		socketMapStreams:    0,
+		socketMapNamespaces: maxNamespaces,
+		socketMapStrangers:  strangersBytes,
 		packetMapInsiders:   maxPrefixes,
 		packetMapClusterIps: maxPrefixes,
-		packetMapRanges:     b.options.Services,
+		socketMapRanges:     b.options.Services,
 		packetMapAddresses:  2 * b.options.Services, // of both IP versions
 		socketMapLingering:  b.options.Services,
 	}
@@ -452,7 +455,7 @@ func (b *Balancer) Close() error {
 	for _, f := range b.families() {
 		errs = append(errs, f.close())
 	}
-	for _, m := range []*ebpf.Map{b.insiders, b.clusterIPs, b.addresses.programs, b.ranges.programs, b.lingering.programs} {
+	for _, m := range []*ebpf.Map{b.insiders, b.clusterIPs, b.namespaces, b.addresses.programs, b.ranges.programs, b.lingering.programs} {
 		errs = append(errs, m.Close())
 	}
 	return errors.Join(append(errs, b.objects.Close(), b.packets.Close(), b.forsake.Close())...)

@@ -111,22 +111,6 @@ struct {
 	__uint(max_entries, 1 << 16);
 } addresses SEC(".maps");
 
-// A range is where clients are of a frontend that is not for all. Its length counts the bits of the frontend, too.
-struct range {
-	__u32 length;
-	__u32 unused;
-	__u64 key[KEY6];
-	union address6 address;
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct range);
-	__type(value, __u8);
-	__uint(max_entries, 1 << 16);
-} ranges SEC(".maps");
-
 const volatile __u32 refuse_mark;       // on packets that nat.go's rules answer with a refusal
 const volatile __u32 discard_mark;      // on those that they drop
 const volatile __u8 knows_insiders;     // whether clients outside the cluster can be told from those inside
@@ -264,14 +248,6 @@ static __always_inline int is_in(void *prefixes, const union address6 *address)
 	return bpf_map_lookup_elem(prefixes, &key) != NULL;
 }
 
-static __always_inline int admits(const struct flow *flow, const union address6 *client)
-{
-	struct range key = { .length = 32 + sizeof(key.key) * 8 + 128, .address = *client };
-
-	copy(key.key, flow->key);
-	return bpf_map_lookup_elem(&ranges, &key) != NULL;
-}
-
 // set_key makes the key of the frontend that a packet is to.
 static __always_inline void set_key(struct flow *flow, const struct packet *packet, enum scope scope)
 {
@@ -313,14 +289,14 @@ VERIFIED_ALONE int choose4(struct __sk_buff *skb, const struct packet *packet, s
 {
 	if (!packet || !flow)
 		return PASS;
-	return choose(skb, &packet->source, admits, &services4, &backends4, seeds4, KEY4, flow);
+	return choose(skb, &packet->source, &services4, &backends4, seeds4, KEY4, flow);
 }
 
 VERIFIED_ALONE int choose6(struct __sk_buff *skb, const struct packet *packet, struct flow *flow)
 {
 	if (!packet || !flow)
 		return PASS;
-	return choose(skb, &packet->source, admits, &services6, &backends6, seeds6, KEY6, flow);
+	return choose(skb, &packet->source, &services6, &backends6, seeds6, KEY6, flow);
 }
 
 // exists4 and exists6 tell whether a flow's frontend is there.

@@ -22,9 +22,11 @@ const (
 	packetMapBackends6     = "backends6"
 	packetMapClusterIps    = "cluster_ips"
 	packetMapInsiders      = "insiders"
+	packetMapNamespaces    = "namespaces"
 	packetMapRanges        = "ranges"
 	packetMapServices4     = "services4"
 	packetMapServices6     = "services6"
+	packetMapStrangers     = "strangers"
 	packetProgIngress      = "ingress"
 	packetProgIngressPods  = "ingress_pods"
 	packetVarBucketMask    = "bucket_mask"
@@ -91,9 +93,11 @@ type packetMapSpecs struct {
 	Backends6  *ebpf.MapSpec `ebpf:"backends6"`
 	ClusterIps *ebpf.MapSpec `ebpf:"cluster_ips"`
 	Insiders   *ebpf.MapSpec `ebpf:"insiders"`
+	Namespaces *ebpf.MapSpec `ebpf:"namespaces"`
 	Ranges     *ebpf.MapSpec `ebpf:"ranges"`
 	Services4  *ebpf.MapSpec `ebpf:"services4"`
 	Services6  *ebpf.MapSpec `ebpf:"services6"`
+	Strangers  *ebpf.MapSpec `ebpf:"strangers"`
 }
 
 // packetVariableSpecs contains global variables before they are loaded into the kernel.
@@ -134,9 +138,11 @@ type packetMaps struct {
 	Backends6  *ebpf.Map `ebpf:"backends6"`
 	ClusterIps *ebpf.Map `ebpf:"cluster_ips"`
 	Insiders   *ebpf.Map `ebpf:"insiders"`
+	Namespaces *ebpf.Map `ebpf:"namespaces"`
 	Ranges     *ebpf.Map `ebpf:"ranges"`
 	Services4  *ebpf.Map `ebpf:"services4"`
 	Services6  *ebpf.Map `ebpf:"services6"`
+	Strangers  *ebpf.Map `ebpf:"strangers"`
 }
 
 func (m *packetMaps) Close() error {
@@ -147,9 +153,11 @@ func (m *packetMaps) Close() error {
 		m.Backends6,
 		m.ClusterIps,
 		m.Insiders,
+		m.Namespaces,
 		m.Ranges,
 		m.Services4,
 		m.Services6,
+		m.Strangers,
 	)
 }
 

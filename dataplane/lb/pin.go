@@ -14,7 +14,7 @@ import (
 )
 
 // layout names the folder of the pins. It changes with what the words in the maps mean.
-const layout = "v5"
+const layout = "v6"
 
 func (b *Balancer) pinDir() string        { return filepath.Join(b.options.PinDir, layout) }
 func (b *Balancer) linkPin(h hook) string { return filepath.Join(b.pinDir(), h.name) }

@@ -96,11 +96,17 @@ struct flow {
 	struct choice choice;
 };
 
-// A client is a network namespace at the socket, where its address is not known yet: a pod, which has one address of each IP
-// version, or the node. To packets it is an address. An affinity is what frontends share that are the same to it, as those of
-// a Service port are.
+// An address6 is an address of IPv6, or one of IPv4 that is mapped into it.
+union address6 {
+	__u32 parts[4];
+	__u64 words[2];
+};
+
+// A client is an address. At the socket, where it has none yet, it is the one that packets from its network namespace have: a pod's,
+// or the node's. While that is not known it is the namespace. An affinity is what frontends share that are the same to it, as
+// those of a Service port are.
 struct client {
-	__u64 who[2]; // the namespace's cookie and zero; or an address of IPv6, that of IPv4 mapped into it
+	__u64 who[2]; // of an address6; or the namespace's cookie and zero
 	__u64 affinity;
 	__u64 words; // of a key: each IP version has its own
 };
@@ -116,6 +122,40 @@ struct {
 	__type(value, struct kept);
 	__uint(max_entries, 1 << 16);
 } affinities SEC(".maps");
+
+// A namespace is a network namespace, by what packets from it have as their source: an address of IPv4, and one of IPv6. Zero is
+// none. The agent looks at those whose cookies are in strangers.
+struct namespace {
+	union address6 sources[2];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, __u64); // its cookie
+	__type(value, struct namespace);
+	__uint(max_entries, 1 << 12);
+} namespaces SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 16);
+} strangers SEC(".maps");
+
+// A range is where clients are for whom a frontend with RANGES is.
+struct range {
+	__u32 length; // in bits, of what follows
+	__u32 zero;
+	__u64 key[KEY6];
+	union address6 address;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct range);
+	__type(value, __u8);
+	__uint(max_entries, 1 << 16);
+} ranges SEC(".maps");
 
 // Set before the programs are loaded, and then constants to the verifier. The seeds are odd.
 const volatile __u64 seeds4[KEY4], seeds6[KEY6];
@@ -287,27 +327,43 @@ static __always_inline void keep_for(const struct client *client, const struct f
 	bpf_map_update_elem(&affinities, client, &kept, BPF_ANY);
 }
 
-// An address6 is an address of IPv6, or one of IPv4 that is mapped into it.
-union address6 {
-	__u32 parts[4];
-	__u64 words[2];
-};
-
 static __always_inline int is_mapped(const union address6 *address)
 {
 	return !address->words[0] && address->parts[2] == bpf_htonl(0xffff);
 }
 
-// An admission tells whether a frontend with RANGES is for a client.
-typedef int admission(const struct flow *flow, const union address6 *client);
+// admits tells whether a frontend with RANGES is for a client.
+static __always_inline int admits(const struct flow *flow, const union address6 *client)
+{
+	struct range key = { .length = 32 + sizeof(key.key) * 8 + 128, .address = *client };
+
+	copy(key.key, flow->key);
+	return bpf_map_lookup_elem(&ranges, &key) != NULL;
+}
+
+// source_of gives the address that packets of a socket would have, as far as it is known, or NULL.
+//
+// Subtle: the kernel may give what it keeps of a namespace to another one at once, while it is read. It has more room than nodes have pods.
+static __always_inline const union address6 *source_of(void *ctx, int words)
+{
+	__u64 cookie = bpf_get_netns_cookie(ctx);
+	const struct namespace *namespace = bpf_map_lookup_elem(&namespaces, &cookie);
+
+	if (!namespace) {
+		bpf_ringbuf_output(&strangers, &cookie, sizeof(cookie), 0);
+		return NULL;
+	}
+	const union address6 *source = &namespace->sources[words != KEY4];
+
+	return source->words[0] || source->words[1] ? source : NULL;
+}
 
 // Each round is one look at a state that may be changing. Two rounds are rare, four are never seen.
 #define ROUNDS 4
 
-// choose gives a flow's frontend a backend. Without its address the client is the socket's network namespace, and not asked for
-// admission.
-static __always_inline enum verdict choose(void *ctx, const union address6 *address, admission *admits, void *services,
-					   void *backends, const volatile __u64 *seeds, int words, struct flow *flow)
+// choose gives a flow's frontend a backend. At the socket there is no address.
+static __always_inline enum verdict choose(void *ctx, const union address6 *address, void *services, void *backends,
+					   const volatile __u64 *seeds, int words, struct flow *flow)
 {
 	__u64 hash = hash_of(flow->key, seeds, words);
 	__u16 owner = owner_of(hash);
@@ -323,10 +379,13 @@ static __always_inline enum verdict choose(void *ctx, const union address6 *addr
 			continue;
 		flow->choice.service = service;
 
+		const union address6 *source = address;
+		if (!address && service & (AFFINITY | RANGES))
+			source = source_of(ctx, words);
 		if (service & RANGES) {
-			if (!address)
-				return PASS;
-			if (!admits(flow, address))
+			if (!source)
+				return PASS; // packets have one
+			if (!admits(flow, source))
 				return DISCARD;
 		}
 		__u32 count = count_of(service);
@@ -335,17 +394,27 @@ static __always_inline enum verdict choose(void *ctx, const union address6 *addr
 
 		struct client client = { .words = words };
 		if (service & AFFINITY) {
-			if (address) {
-				client.who[0] = address->words[0];
-				client.who[1] = address->words[1];
-			} else {
-				client.who[0] = bpf_get_netns_cookie(ctx);
-			}
 			client.affinity = READ_ONCE(entry[AFFINITY_ID]);
 			if (client.affinity & 0xffff)
 				continue; // a backend is there by now
-			if (stay(words, entry, service, &client, flow))
-				return TRANSLATE;
+			if (source) {
+				client.who[0] = source->words[0];
+				client.who[1] = source->words[1];
+				if (stay(words, entry, service, &client, flow))
+					return TRANSLATE;
+			}
+			if (!address) {
+				// Who it is without an address, and was before that was known.
+				struct client namespace = { .who = { bpf_get_netns_cookie(ctx) }, .affinity = client.affinity, .words = words };
+
+				if (stay(words, entry, service, &namespace, flow)) {
+					if (source)
+						keep_for(&client, flow);
+					return TRANSLATE;
+				}
+				if (!source)
+					client = namespace;
+			}
 		}
 
 		// Multiplying high is uniform to within count / 2^32 and spares the division of random % count.
@@ -365,4 +434,3 @@ static __always_inline enum verdict choose(void *ctx, const union address6 *addr
 	}
 	return REFUSE;
 }
-

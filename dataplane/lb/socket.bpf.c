@@ -69,7 +69,7 @@ static __always_inline enum verdict translate(struct bpf_sock_addr *ctx, void *s
 		}
 	}
 
-	enum verdict verdict = choose(ctx, NULL, NULL, services, backends, seeds, words, flow);
+	enum verdict verdict = choose(ctx, NULL, services, backends, seeds, words, flow);
 	if (verdict != TRANSLATE)
 		return verdict;
 

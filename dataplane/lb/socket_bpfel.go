@@ -21,8 +21,11 @@ const (
 	socketMapBackends6     = "backends6"
 	socketMapDatagrams     = "datagrams"
 	socketMapLingering     = "lingering"
+	socketMapNamespaces    = "namespaces"
+	socketMapRanges        = "ranges"
 	socketMapServices4     = "services4"
 	socketMapServices6     = "services6"
+	socketMapStrangers     = "strangers"
 	socketMapStreams       = "streams"
 	socketProgConnect4     = "connect4"
 	socketProgConnect6     = "connect6"
@@ -99,8 +102,11 @@ type socketMapSpecs struct {
 	Backends6  *ebpf.MapSpec `ebpf:"backends6"`
 	Datagrams  *ebpf.MapSpec `ebpf:"datagrams"`
 	Lingering  *ebpf.MapSpec `ebpf:"lingering"`
+	Namespaces *ebpf.MapSpec `ebpf:"namespaces"`
+	Ranges     *ebpf.MapSpec `ebpf:"ranges"`
 	Services4  *ebpf.MapSpec `ebpf:"services4"`
 	Services6  *ebpf.MapSpec `ebpf:"services6"`
+	Strangers  *ebpf.MapSpec `ebpf:"strangers"`
 	Streams    *ebpf.MapSpec `ebpf:"streams"`
 }
 
@@ -139,8 +145,11 @@ type socketMaps struct {
 	Backends6  *ebpf.Map `ebpf:"backends6"`
 	Datagrams  *ebpf.Map `ebpf:"datagrams"`
 	Lingering  *ebpf.Map `ebpf:"lingering"`
+	Namespaces *ebpf.Map `ebpf:"namespaces"`
+	Ranges     *ebpf.Map `ebpf:"ranges"`
 	Services4  *ebpf.Map `ebpf:"services4"`
 	Services6  *ebpf.Map `ebpf:"services6"`
+	Strangers  *ebpf.Map `ebpf:"strangers"`
 	Streams    *ebpf.Map `ebpf:"streams"`
 }
 
@@ -151,8 +160,11 @@ func (m *socketMaps) Close() error {
 		m.Backends6,
 		m.Datagrams,
 		m.Lingering,
+		m.Namespaces,
+		m.Ranges,
 		m.Services4,
 		m.Services6,
+		m.Strangers,
 		m.Streams,
 	)
 }
