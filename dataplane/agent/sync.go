@@ -8,6 +8,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -16,6 +17,7 @@ import (
 
 	v1 "k8s.io/api/core/v1"
 	discovery "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/sets"
 	"k8s.io/klog/v2"
 	"k8s.io/kubernetes/pkg/proxy"
@@ -46,7 +48,9 @@ type syncer struct {
 
 	// Guarded by mu.
 	mu          sync.Mutex
-	unsynced    int // first lists that have not been seen whole: of Services, of slices, of the node
+	unsynced    int                                  // first lists that have not been seen whole: of Services, of slices, of the node
+	seen        int                                  // changes that were seen
+	triggers    map[types.NamespacedName][]time.Time // when what the next sync sees to was changed
 	topology    map[string]string
 	nodeAddress netip.Addr // where NodePorts are served; zero until the node says
 	ports       proxy.ServicePortMap
@@ -87,6 +91,7 @@ func newSyncer(cfg Config, family v1.IPFamily, balancer *lb.Balancer, network *n
 		unsynced:    3,
 		ports:       make(proxy.ServicePortMap),
 		endpointsOf: make(proxy.EndpointsMap),
+		triggers:    make(map[types.NamespacedName][]time.Time),
 		claims:      make(map[lb.Frontend][]claimant),
 		contested:   sets.New[lb.Frontend](),
 		changed:     sets.New[lb.Frontend](),
@@ -121,10 +126,16 @@ func (s *syncer) loop(stop <-chan struct{}) {
 	}
 }
 
+// absorbed is how many changes are looked at together while the first lists come, so that little is left to do when they have come.
+const absorbed = 4096
+
 // request has the next sync run as soon as it may.
 func (s *syncer) request() {
 	s.mu.Lock()
 	ready := s.unsynced == 0
+	if s.seen++; !ready && s.seen%absorbed == 0 {
+		s.absorb()
+	}
 	s.mu.Unlock()
 	if ready {
 		s.status.queued(s.family)
@@ -377,8 +388,7 @@ func (s *syncer) sync() error {
 		return nil
 	}
 	start := time.Now()
-	s.ports.Update(s.services)
-	triggers := s.endpointsOf.Update(s.endpoints).LastChangeTriggerTimes
+	s.absorb()
 	s.prune()
 
 	changes := s.changes()
@@ -393,9 +403,16 @@ func (s *syncer) sync() error {
 		klog.ErrorS(err, "Health checks of Services not served", "ipFamily", s.family)
 	}
 	s.status.synced(outcome{
-		family: s.family, start: start, changes: len(changes), noLocal: s.noLocal, contested: s.contested.Len(), triggers: triggers, err: err,
+		family: s.family, start: start, changes: len(changes), noLocal: s.noLocal, contested: s.contested.Len(), triggers: s.triggers, err: err,
 	})
+	clear(s.triggers)
 	return err
+}
+
+// absorb has the trackers tell what has changed. Ports come first, and bring what is known of their endpoints with them.
+func (s *syncer) absorb() {
+	s.ports.Update(s.services)
+	maps.Copy(s.triggers, s.endpointsOf.Update(s.endpoints).LastChangeTriggerTimes)
 }
 
 // report tells what this IP family is like; how full its maps are the load balancer knows.
