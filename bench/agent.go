@@ -86,6 +86,7 @@ folder is deleted.`,
 	flags.DurationVar(&cfg.MinSyncPeriod, "min-sync-period", agent.DefaultMinSyncPeriod, "least time between two syncs")
 	flags.StringVar(&cfg.HealthzBindAddress, "healthz-bind-address", agent.DefaultHealthzBindAddress, "`address:port` of /healthz and /livez; empty: none")
 	flags.StringVar(&cfg.MetricsBindAddress, "metrics-bind-address", agent.DefaultMetricsBindAddress, "`address:port` of /metrics; empty: none")
+	flags.BoolVar(&cfg.Profiling, "profiling", false, "serve /debug/pprof at the metrics address")
 	flags.IntVar(&cfg.LB.Services, "services-capacity", lb.DefaultServices, "most frontends (address, port, protocol) of each IP version at a time; those that clients outside the cluster see otherwise count twice")
 	flags.IntVar(&cfg.LB.Backends, "backends-capacity", lb.DefaultBackends, "most backends of each IP version, not counting those of IPv4 frontends with up to three, rounded up to a power of two")
 	flags.IntVar(&cfg.LB.Affinities, "affinity-capacity", lb.DefaultAffinities, "clients that are remembered for Services with ClientIP affinity, each Service counted apart")

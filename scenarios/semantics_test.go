@@ -102,6 +102,9 @@ func (r row) run(t *testing.T, f *field, name string) {
 	}
 }
 
+// once tells whether asking a second time would be another question.
+func (st step) once() bool { return st.keep != "" || st.loose || st.port != 0 || st.lasting || st.network == "udp" }
+
 // ask asks a step's question on one node.
 func (st step) ask(t *testing.T, s *subject, number int) {
 	want, differs := st.differs[s.mode]
@@ -132,6 +135,12 @@ func (st step) ask(t *testing.T, s *subject, number int) {
 			got = s.seen(s.guests[client].ask(q), wanted)
 		}
 		for deadline := time.Now().Add(lasting); st.lasting && got == wanted && time.Now().Before(deadline); {
+			got = s.seen(s.guests[client].ask(q), wanted)
+		}
+		// kube-proxy's iptables mode has left one connect in some ten thousand without an answer here, for no reason that was found. The
+		// modes of the load balancer are held to each.
+		if got != wanted && s.Spec().KubeProxy != "" && !st.once() {
+			t.Logf("%s: step %d: asked again: %s %s from %s: got %q, want %q", s.mode, number, q.Network, q.Address, client, got, wanted)
 			got = s.seen(s.guests[client].ask(q), wanted)
 		}
 		if got != wanted {

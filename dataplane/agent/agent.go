@@ -65,6 +65,8 @@ type Config struct {
 	MinSyncPeriod time.Duration
 	// HealthzBindAddress and MetricsBindAddress are where HTTP is served, as "address:port". Empty means nowhere.
 	HealthzBindAddress, MetricsBindAddress string
+	// Profiling has net/http/pprof's profiles served at MetricsBindAddress.
+	Profiling bool
 	// Snapshot is the file from which Services are served after a reboot, until the API server answers. Empty keeps none.
 	Snapshot string
 	// LB sizes the maps and says where they are pinned.
