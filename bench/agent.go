@@ -63,7 +63,7 @@ folder is deleted.`,
 				return err
 			}
 			if os.Getenv("GOGC") == "" {
-				// Most of the heap is the cluster's Services, which live on: half as much garbage beside them is plenty.
+				// Most of the heap is the cluster's Services, which live on: a little garbage beside them is plenty.
 				debug.SetGCPercent(agentGarbage)
 			}
 			return agent.Run(cmd.Context(), cfg)
@@ -113,7 +113,7 @@ func agentCgroup(asked string) (string, error) {
 }
 
 // agentGarbage is how much garbage the agent's heap may hold, in percent of what lives.
-const agentGarbage = 40
+const agentGarbage = 20
 
 // agentLocal is how clients inside the cluster are known, by flags with the names and meanings of kube-proxy's.
 func agentLocal(mode string, podCIDRs []string, bridge, prefix string) (agent.Local, error) {

@@ -278,22 +278,38 @@ func nodeFactory(cfg Config) informers.SharedInformerFactory {
 // labelServiceProxyName names another proxy that a Service is meant for (KEP-2447).
 const labelServiceProxyName = "service.kubernetes.io/service-proxy-name"
 
-// strip drops what is large and never read from an object before it is kept, and adds what its readers take for granted.
+// strip drops what is never read from an object before it is kept, which is a good part of the agent's memory, and adds what its readers take
+// for granted.
 func strip(object any) (any, error) {
-	if accessor, err := meta.Accessor(object); err == nil {
-		accessor.SetManagedFields(nil)
+	if o, err := meta.Accessor(object); err == nil {
+		o.SetManagedFields(nil)
+		o.SetOwnerReferences(nil)
+		o.SetFinalizers(nil)
+		o.SetUID("")
 	}
-	if slice, ok := object.(*discovery.EndpointSlice); ok {
-		for i := range slice.Endpoints {
-			slice.Endpoints[i].TargetRef = nil
-		}
-	}
-	// The API server sees to it, but kube-proxy's tracker panics without.
-	if service, ok := object.(*v1.Service); ok && service.Spec.SessionAffinity == v1.ServiceAffinityClientIP {
-		if c := service.Spec.SessionAffinityConfig; c == nil || c.ClientIP == nil || c.ClientIP.TimeoutSeconds == nil {
+	switch o := object.(type) {
+	case *v1.Service:
+		o.Labels, o.Annotations, o.Spec.Selector, o.Status.Conditions = nil, nil, nil, nil
+		// The API server sees to it, but kube-proxy's tracker panics without.
+		if c := o.Spec.SessionAffinityConfig; o.Spec.SessionAffinity == v1.ServiceAffinityClientIP && (c == nil || c.ClientIP == nil || c.ClientIP.TimeoutSeconds == nil) {
 			seconds := v1.DefaultClientIPServiceAffinitySeconds
-			service.Spec.SessionAffinityConfig = &v1.SessionAffinityConfig{ClientIP: &v1.ClientIPConfig{TimeoutSeconds: &seconds}}
+			o.Spec.SessionAffinityConfig = &v1.SessionAffinityConfig{ClientIP: &v1.ClientIPConfig{TimeoutSeconds: &seconds}}
+		}
+	case *discovery.EndpointSlice:
+		o.Labels = only(o.Labels, discovery.LabelServiceName)
+		o.Annotations = only(o.Annotations, v1.EndpointsLastChangeTriggerTime)
+		for i := range o.Endpoints {
+			o.Endpoints[i].TargetRef = nil
 		}
 	}
 	return object, nil
+}
+
+// only is the part of a map with one key.
+func only(all map[string]string, key string) map[string]string {
+	value, has := all[key]
+	if !has {
+		return nil
+	}
+	return map[string]string{key: value}
 }
