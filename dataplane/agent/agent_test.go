@@ -425,6 +425,7 @@ func TestIgnored(t *testing.T) {
 }
 
 func TestStatus(t *testing.T) {
+	lines := agent.StartLogs(t)
 	r := startRig(t, lb.Options{Services: 1},
 		service(nil, port("http", v1.ProtocolTCP, 80)), slice("web-1", "http", v1.ProtocolTCP, endpoint(one, thisNode), endpoint(two, thisNode)))
 	r.wants("tcp", http80, one+":8080", two+":8080")
@@ -463,6 +464,12 @@ func TestStatus(t *testing.T) {
 			return strings.Contains(text, "\nplimsoll_lb_sync_errors_total 1\n")
 		}, func() string { return text })
 		r.wants("tcp", http80, one+":8080", two+":8080")
+		if text := lines.String(); !strings.Contains(text, `"Service port not programmed" err=`) || !strings.Contains(text, `servicePort="default/more:http"`) {
+			t.Errorf("the log does not name the Service: %s", text)
+		}
+		if _, text := r.get(r.metric, "/status"); !strings.Contains(text, "IPv4: 1 frontends could not be programmed (see the log)") {
+			t.Errorf("status does not tell: %s", text)
+		}
 
 		// As soon as there is room, the other one has it.
 		if err := r.client.CoreV1().Services("default").Delete(r.Context(), "web", metav1.DeleteOptions{}); err != nil {

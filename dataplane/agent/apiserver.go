@@ -62,9 +62,10 @@ type apiServer struct {
 
 // heard is what was heard of a resource.
 type heard struct {
-	last time.Time // an answer or an event; zero: none yet
-	away time.Time // when it failed first after that; zero: it did not
-	err  error     // the last one while it is away
+	last  time.Time // an answer or an event; zero: none yet
+	away  time.Time // when it failed first after that; zero: it did not
+	err   error     // the last one while it is away
+	ended time.Time // when a watch last ended at once
 }
 
 func newAPIServer() *apiServer {
@@ -147,6 +148,13 @@ func (a *apiServer) fails(resource string, err error) {
 	}
 	if a.since.IsZero() {
 		a.since = now
+	}
+	// A watch that is cut off says little, and what is asked next has a reason or is answered. One that is so each time is told of.
+	if errors.Is(err, errEnded) {
+		again := time.Since(h.ended) < awayLogPeriod
+		if h.ended = now; !again {
+			return
+		}
 	}
 	if time.Since(a.said) < awayLogPeriod {
 		return

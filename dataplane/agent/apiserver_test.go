@@ -3,19 +3,20 @@
 package agent_test
 
 import (
-	"bytes"
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -30,9 +31,10 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/kubernetes/fake"
 	"k8s.io/client-go/kubernetes/scheme"
-	"k8s.io/klog/v2"
+	k8stesting "k8s.io/client-go/testing"
 
 	"github.com/plimsoll-bench/plimsoll/dataplane/agent"
+	"github.com/plimsoll-bench/plimsoll/dataplane/lb"
 )
 
 // A webAPI serves what a fake client set holds as an API server does, by HTTP/2 over TLS, in protobuf, until it misbehaves.
@@ -189,37 +191,9 @@ func says(code int, contentType, text string) http.HandlerFunc {
 	}
 }
 
-// logs holds what klog writes while a test runs.
-type logs struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-}
-
-func startLogs(t *testing.T) *logs {
-	l := new(logs)
-	state := klog.CaptureState()
-	klog.LogToStderr(false)
-	klog.SetOutput(l)
-	t.Cleanup(state.Restore)
-	return l
-}
-
-func (l *logs) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(b)
-}
-
-func (l *logs) String() string {
-	klog.Flush()
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.String()
-}
-
 // Whatever the API server answers, Services are carried as they were known, and what changes meanwhile follows when it passes.
 func TestAPIServerMisbehaves(t *testing.T) {
-	lines := startLogs(t)
+	lines := agent.StartLogs(t)
 	half := func(a *webAPI) http.HandlerFunc {
 		return func(w http.ResponseWriter, r *http.Request) {
 			whole := httptest.NewRecorder()
@@ -241,26 +215,35 @@ func TestAPIServerMisbehaves(t *testing.T) {
 			<-r.Context().Done()
 		}
 	}
-	always := func(handler http.HandlerFunc) func(*webAPI) http.HandlerFunc {
-		return func(*webAPI) http.HandlerFunc { return handler }
+	object := func(text string) http.HandlerFunc { return says(200, "application/json", text) }
+	unauthorized := says(401, "application/json", `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"Unauthorized","code":401}`)
+	// Two at a time: one is answered to who asks for endpoint slices, the other to all others.
+	pair := func(slices, others http.HandlerFunc) func(*webAPI) http.HandlerFunc {
+		return func(*webAPI) http.HandlerFunc {
+			return func(w http.ResponseWriter, r *http.Request) {
+				if path.Base(r.URL.Path) == "endpointslices" {
+					slices(w, r)
+				} else {
+					others(w, r)
+				}
+			}
+		}
 	}
 	t.Run("all", func(t *testing.T) { // which ends when the parallel ones have
 		for name, trouble := range map[string]struct {
 			handler func(*webAPI) http.HandlerFunc // nil: nobody listens
 			unheard bool                           // whether it takes the agent long to notice
 		}{
-			"refused":                 {nil, false},
-			"reset":                   {always(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }), false},
-			"500":                     {always(says(500, "text/plain", "etcdserver: leader changed")), false},
-			"401":                     {always(says(401, "application/json", `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"Unauthorized","code":401}`)), false},
-			"HTML":                    {always(says(200, "text/html", "<html>Log in to the network</html>")), false},
-			"nothing":                 {always(says(200, runtime.ContentTypeProtobuf, "")), false},
-			"half of JSON":            {always(says(200, "application/json", `{"kind":"ServiceList","apiVersion":"v1","metadata":{"resourceVersion":"7"},"items":[`)), false},
-			"an empty object of JSON": {always(says(200, "application/json", `{}`)), false},
-			"a list of another kind":  {always(says(200, "application/json", `{"kind":"PodList","apiVersion":"v1","metadata":{"resourceVersion":"7"},"items":[]}`)), false},
-			"success":                 {always(says(200, "application/json", `{"kind":"Status","apiVersion":"v1","status":"Success"}`)), false},
-			"half of protobuf":        {half, false},
-			"half an event":           {silent, true},
+			"refused": {nil, false},
+			"500, reset": {pair(says(500, "text/plain", "etcdserver: leader changed"),
+				func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }), false},
+			"401, HTML": {pair(unauthorized, says(200, "text/html", "<html>Log in to the network</html>")), false},
+			"half of JSON, nothing": {pair(object(`{"kind":"EndpointSliceList","apiVersion":"discovery.k8s.io/v1","metadata":{"resourceVersion":"7"},"items":[`),
+				says(200, runtime.ContentTypeProtobuf, "")), false},
+			"another list, an empty object": {pair(object(`{"kind":"PodList","apiVersion":"v1","metadata":{"resourceVersion":"7"},"items":[]}`), object(`{}`)), false},
+			"success":                       {pair(object(`{"kind":"Status","apiVersion":"v1","status":"Success"}`), object(`{"kind":"Status","apiVersion":"v1","status":"Success"}`)), false},
+			"half of protobuf":              {half, false},
+			"half an event":                 {silent, true},
 		} {
 			t.Run(name, func(t *testing.T) {
 				t.Parallel()
@@ -293,8 +276,8 @@ func testTrouble(t *testing.T, trouble func(*webAPI) http.HandlerFunc, unheard b
 	r.run(agent.Config{Client: client, Cgroup: r.pod.Cgroup})
 	r.wants("tcp", http80, one+":8080")
 	r.wants("tcp", "10.96.0.11:80", one+":8080")
-	if away := r.away(); away {
-		t.Errorf("the API server is away before it is")
+	if away := r.away(); len(away) > 0 {
+		t.Errorf("the API server is said to be away: %q", away)
 	}
 
 	if trouble == nil {
@@ -303,7 +286,15 @@ func testTrouble(t *testing.T, trouble func(*webAPI) http.HandlerFunc, unheard b
 		api.misbehave(trouble(api))
 	}
 	if !unheard {
-		r.eventually(r.away, func() string { return "nobody says that the API server is away" })
+		// That a watch was cut off comes first, and why is known when another is begun.
+		var away []string
+		r.eventually(func() bool {
+			away = r.away()
+			return slices.ContainsFunc(away, func(reason string) bool { return !strings.Contains(reason, "ended before") })
+		}, func() string { return fmt.Sprintf("the reasons are %q", away) })
+		if _, text := r.get(r.metric, "/metrics"); strings.Contains(text, "\nplimsoll_lb_api_away_seconds 0\n") {
+			t.Error("the metric says that the API server is not away")
+		}
 	}
 	r.updateSlice(slice("web-1", "http", v1.ProtocolTCP, endpoint(two, thisNode)))
 	if err := r.client.CoreV1().Services("default").Delete(t.Context(), "going", metav1.DeleteOptions{}); err != nil {
@@ -331,30 +322,33 @@ func testTrouble(t *testing.T, trouble func(*webAPI) http.HandlerFunc, unheard b
 	r.wants("tcp", http80, two+":8080")
 	r.wants("tcp", "10.96.0.12:80", one+":8080")
 	r.wantsError("tcp", "10.96.0.11:80", unix.ENETUNREACH)
-	r.eventually(func() bool { return !r.away() }, func() string { return "the API server is said to be away still" })
+	r.eventually(func() bool { return len(r.away()) == 0 }, func() string { return "the API server is said to be away still" })
 }
 
-// away tells whether metrics and status say that the API server is.
-func (r *rig) away() bool {
+// away lists what status says of an API server that is away, and fails the test if metrics say otherwise.
+func (r *rig) away() (reasons []string) {
 	r.Helper()
-	_, text := r.get(r.metric, "/metrics")
-	_, status := r.get(r.metric, "/status")
+	_, text := r.get(r.metric, "/status")
 	var report agent.Report
-	if err := json.Unmarshal([]byte(status), &report); err != nil {
-		r.Fatalf("%v: %s", err, status)
+	if err := json.Unmarshal([]byte(text), &report); err != nil {
+		r.Fatalf("%v: %s", err, text)
 	}
+	_, metrics := r.get(r.metric, "/metrics")
 	for _, a := range report.API {
-		if !a.AwaySince.IsZero() {
-			return a.LastError != "" && !strings.Contains(text, "\nplimsoll_lb_api_away_seconds 0\n") &&
-				!strings.Contains(text, "\nplimsoll_lb_api_errors_total{resource=\""+a.Resource+"\"} 0\n")
+		if a.AwaySince.IsZero() {
+			continue
+		}
+		reasons = append(reasons, a.LastError)
+		if strings.Contains(metrics, "\nplimsoll_lb_api_errors_total{resource=\""+a.Resource+"\"} 0\n") {
+			r.Errorf("no error of %s is counted", a.Resource)
 		}
 	}
-	return false
+	return reasons
 }
 
 // A list that is whole and empty is believed: there are no Services any more.
 func TestAPIServerListsNone(t *testing.T) {
-	lines := startLogs(t)
+	lines := agent.StartLogs(t)
 	r := newRig(t, service(nil, port("http", v1.ProtocolTCP, 80)), slice("web-1", "http", v1.ProtocolTCP, endpoint(one, thisNode)))
 	r.patience = 30 * time.Second
 	api := startWebAPI(t, r.client)
@@ -372,4 +366,25 @@ func TestAPIServerListsNone(t *testing.T) {
 	}
 	api.misbehave(nil)
 	r.wants("tcp", http80, one+":8080")
+}
+
+// A snapshot is used whenever it says that it was written: the clock may have been wrong then, or be now.
+func TestSnapshotOfAnotherTime(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "snapshot")
+	r := newRig(t)
+	r.client.PrependReactor("list", "*", func(k8stesting.Action) (bool, runtime.Object, error) {
+		return true, nil, errors.New("not yet")
+	})
+	frontend := lb.Frontend{Address: netip.MustParseAddrPort(http80), Protocol: lb.TCP}
+	for name, written := range map[string]time.Time{"future": time.Now().AddDate(1, 0, 0), "past": time.Now().AddDate(-1, 0, 0), "none": {}} {
+		t.Run(name, func(t *testing.T) {
+			snapshot := lb.Snapshot{Time: written, Node: thisNode, Frontends: []lb.Change{{Frontend: frontend, Backends: []netip.AddrPort{netip.MustParseAddrPort(one + ":8080")}}}}
+			if err := snapshot.Write(file); err != nil {
+				t.Fatal(err)
+			}
+			end := r.run(agent.Config{Cgroup: r.pod.Cgroup, Snapshot: file})
+			r.wants("tcp", http80, one+":8080")
+			end()
+		})
+	}
 }
