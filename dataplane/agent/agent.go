@@ -157,7 +157,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	nodes, services, slices := nodeFactory(cfg, api), serviceFactory(cfg, api), sliceFactory(cfg, api)
 	factories := []informers.SharedInformerFactory{nodes, services, slices}
 	node := nodes.Core().V1().Nodes()
-	status := newStatus(balancer, node, cfg.NodeName, network, api)
+	status := newStatus(balancer, node, cfg.NodeName, network, api, held.taken)
 	var save *saver
 	if cfg.Snapshot != "" {
 		save = newSaver(cfg, balancer, status)

@@ -8,6 +8,8 @@ import (
 	"errors"
 	"io"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -20,6 +22,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/informers"
+	coreinformers "k8s.io/client-go/informers/core/v1"
 	"k8s.io/client-go/kubernetes/fake"
 	"k8s.io/component-base/metrics/legacyregistry"
 	"k8s.io/klog/v2"
@@ -60,9 +63,13 @@ func (l *Logs) String() string {
 // Count tells how often a text stands there.
 func (l *Logs) Count(text string) int { return strings.Count(l.String(), text) }
 
+func newTestNodes() coreinformers.NodeInformer {
+	return informers.NewSharedInformerFactory(fake.NewClientset(), 0).Core().V1().Nodes()
+}
+
+// newTestStatus is one without a load balancer.
 func newTestStatus(network *network) *status {
-	nodes := informers.NewSharedInformerFactory(fake.NewClientset(), 0).Core().V1().Nodes()
-	return newStatus(nil, nodes, "here", network, newAPIServer())
+	return newStatus(nil, newTestNodes(), "here", network, newAPIServer(), "")
 }
 
 // An API server that is away for an hour is a line in the log a minute, and one that comes and goes all the time no more.
@@ -237,5 +244,49 @@ func TestChangesOfAnotherTime(t *testing.T) {
 	s.synced(outcome{family: v1.IPv4Protocol, start: time.Now(), triggers: map[types.NamespacedName][]time.Time{{Name: "web"}: {time.Now().AddDate(1, 0, 0).Round(0)}}})
 	if after := sum(); after != before {
 		t.Errorf("%s went from %v to %v", name, before, after)
+	}
+}
+
+// A lock that any process may hold is told of, and no more: health is as good as before.
+func TestOtherAgentInTheNetworkNamespace(t *testing.T) {
+	log := StartLogs(t)
+	cfg := Config{Devices: []string{"*"}, NetNS: filepath.Join(t.TempDir(), "netns")}
+	if err := os.WriteFile(cfg.NetNS, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	balancer, err := lb.Load(lb.Options{})
+	if errors.Is(err, lb.ErrNotSupported) {
+		t.Skipf("skipped: %v", err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer balancer.Close()
+	for i, want := range []string{"", cfg.NetNS} {
+		held, err := lockNode(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer held.close()
+		if held.taken != want {
+			t.Errorf("agent %d: another one is at %q, want %q", i+1, held.taken, want)
+		}
+		s := newStatus(balancer, newTestNodes(), "here", nil, newAPIServer(), held.taken)
+		r := Report{OtherAgent: s.taken, Healthy: s.now().Healthy, Hooks: []string{"connect4"}, Devices: []string{"eth0"}}
+		if r.judge(); !r.Healthy || len(r.Reasons) != i {
+			t.Errorf("agent %d: healthy %t, with notes %q", i+1, r.Healthy, r.Reasons)
+		}
+		families, err := s.registry.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, family := range families {
+			if got := family.GetMetric()[0].GetGauge().GetValue(); family.GetName() == "plimsoll_lb_other_agents" && got != float64(i) {
+				t.Errorf("agent %d: the metric is %v", i+1, got)
+			}
+		}
+	}
+	if n := log.Count("The network namespace is locked: another agent may be at work there"); n != 1 {
+		t.Errorf("%d lines say so, want 1", n)
 	}
 }

@@ -42,9 +42,10 @@ type Report struct {
 	LocalMode        string   `json:"detectLocalMode,omitempty"`
 	KubeProxysTraces []string `json:"kubeProxyRules"` // what of kube-proxy is still in the kernel
 
-	Faults   []string       `json:"packetPathFaults"` // what the packet path lacks now
-	API      []APIReport    `json:"apiServer"`        // by resource
-	Families []FamilyReport `json:"families"`
+	OtherAgent string         `json:"otherAgentIn,omitempty"` // the network namespace, if another agent may be at work there
+	Faults     []string       `json:"packetPathFaults"`       // what the packet path lacks now
+	API        []APIReport    `json:"apiServer"`              // by resource
+	Families   []FamilyReport `json:"families"`
 }
 
 // A FamilyReport is that of an IP version.
@@ -87,7 +88,7 @@ func (r *reporter) report() Report {
 	report := Report{
 		Node: r.cfg.NodeName, Healthy: r.status.now().Healthy, Cgroup: r.cfg.Cgroup, Hooks: r.balancer.Hooks(),
 		PeerNames: r.cfg.LB.PeerNames, Devices: []string{}, LocalMode: string(r.cfg.Local.Mode), Reasons: []string{},
-		Faults: append([]string{}, r.network.faults()...), API: r.status.api.report(),
+		Faults: append([]string{}, r.network.faults()...), API: r.status.api.report(), OtherAgent: r.status.taken,
 	}
 	report.KubeProxysTraces = r.traces()
 	if r.network != nil {
@@ -144,6 +145,9 @@ func (r *Report) judge() {
 		if f.Ignored > 0 {
 			r.Reasons = append(r.Reasons, fmt.Sprintf("%s: %d addresses of Services cannot be served (see the log)", f.Family, f.Ignored))
 		}
+	}
+	if r.OtherAgent != "" {
+		r.Reasons = append(r.Reasons, "another agent may be at work in the network namespace: its lock was held at the start: "+r.OtherAgent)
 	}
 	for _, fault := range r.Faults {
 		add(Partial, "packets: %s", fault)

@@ -49,10 +49,11 @@ type status struct {
 	ignored        *metrics.GaugeVec
 	network        *network // nil without devices
 	api            *apiServer
+	taken          string // the network namespace, if another agent may be at work there
 }
 
 // newStatus registers kube-proxy's metrics under their own names, and the load balancer's.
-func newStatus(balancer *lb.Balancer, nodes coreinformers.NodeInformer, nodeName string, network *network, api *apiServer) *status {
+func newStatus(balancer *lb.Balancer, nodes coreinformers.NodeInformer, nodeName string, network *network, api *apiServer, taken string) *status {
 	proxymetrics.RegisterMetrics(kubeproxyconfig.ProxyMode(Mode))
 	registerPartial()
 	s := &status{
@@ -60,6 +61,7 @@ func newStatus(balancer *lb.Balancer, nodes coreinformers.NodeInformer, nodeName
 		registry: metrics.NewKubeRegistry(),
 		network:  network,
 		api:      api,
+		taken:    taken,
 		syncErrors: metrics.NewCounter(&metrics.CounterOpts{
 			Name: "plimsoll_lb_sync_errors_total",
 			Help: "Changes of frontends that could not be made, each try counted",
@@ -81,6 +83,10 @@ func newStatus(balancer *lb.Balancer, nodes coreinformers.NodeInformer, nodeName
 	s.registry.RawMustRegister(prometheus.NewGaugeFunc(
 		prometheus.GaugeOpts{Name: "plimsoll_lb_packet_path_faults", Help: "What the packet path lacks now, as devices that cannot be watched"},
 		func() float64 { return float64(len(network.faults())) },
+	))
+	s.registry.RawMustRegister(prometheus.NewGaugeFunc(
+		prometheus.GaugeOpts{Name: "plimsoll_lb_other_agents", Help: "1 if another agent may be at work in the network namespace, whose lock was held when this one started"},
+		func() float64 { return float64(min(1, len(taken))) },
 	))
 	api.register(s.registry)
 	gauge := func(name, help string, labels map[string]string, value func(lb.Counts) int) {
