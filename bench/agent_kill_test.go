@@ -119,7 +119,7 @@ func TestAgentIsKilledAndNoConnectFails(t *testing.T) {
 	}
 	status := func() error {
 		said, err := plimsoll("status", "--address", agentMetrics)
-		for _, want := range []string{"True", "connect4", "tcx ingress at backend0 backend1 client", "2 ClusterIP", "kube-proxy's rules are still there: nftables: table ip kube-proxy"} {
+		for _, want := range []string{"True", "connect4", "tcx ingress at backend0 backend1 client", "2 ClusterIP", "answers; last heard", "kube-proxy's rules are still there: nftables: table ip kube-proxy"} {
 			if err == nil && !strings.Contains(said, want) {
 				err = fmt.Errorf("it does not say %q", want)
 			}

@@ -100,6 +100,24 @@ func statusText(out io.Writer, r agent.Report) error {
 	} else {
 		line("Packets", "off")
 	}
+	away := false
+	var heard time.Time // of the resource that was heard of longest ago
+	for i, a := range r.API {
+		if !a.AwaySince.IsZero() {
+			line("API server", "away since %s for %s; last error: %s", a.AwaySince.Format(time.RFC3339), a.Resource, a.LastError)
+			away = true
+		}
+		if i == 0 || a.LastHeard.Before(heard) {
+			heard = a.LastHeard
+		}
+	}
+	switch {
+	case away:
+	case heard.IsZero():
+		line("API server", "has not answered yet")
+	default:
+		line("API server", "answers; last heard %s", heard.Format(time.RFC3339))
+	}
 	for _, f := range r.Families {
 		synced := "never"
 		if !f.LastSync.IsZero() {

@@ -15,6 +15,7 @@ import (
 	discovery "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/plimsoll-bench/plimsoll/dataplane/agent"
 	"github.com/plimsoll-bench/plimsoll/dataplane/lb"
 	"github.com/plimsoll-bench/plimsoll/dataplane/lb/lbtest"
 )
@@ -138,6 +139,7 @@ func TestContestedAddress(t *testing.T) {
 		e.Labels[discovery.LabelServiceName] = name
 		return s, e
 	}
+	lines := agent.StartLogs(t)
 	b, ofB := contender("b", "10.96.0.12", two)
 	a, ofA := contender("a", "10.96.0.11", one)
 	r := startRig(t, lb.Options{}, b, ofB)
@@ -147,6 +149,9 @@ func TestContestedAddress(t *testing.T) {
 	r.create(a, ofA)
 	r.wants("tcp", external+":80", one+":8080")
 	r.wants("tcp", "10.96.0.12:80", two+":8080")
+	if text := lines.String(); !strings.Contains(text, `servicePort="default/a:http" others=["default/b:http"]`) {
+		t.Errorf("the log does not name both Services: %s", text)
+	}
 	if _, text := r.get(r.metric, "/metrics"); !strings.Contains(text, `plimsoll_lb_contested_frontends{ip_family="IPv4"} 2`) {
 		t.Errorf("no contested frontend is counted")
 	}
@@ -154,4 +159,43 @@ func TestContestedAddress(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.wants("tcp", external+":80", two+":8080")
+}
+
+// An address that no Service can be at is ignored, which is said once and counted; the Service's others are served.
+func TestIgnoredAddresses(t *testing.T) {
+	lines := agent.StartLogs(t)
+	const good = "192.0.2.1"
+	bad := []string{"127.0.0.9", "0.0.0.0", "169.254.1.1", "not one", "fd00::1"} // the last one without a ClusterIP of IPv6
+	odd := func(externals ...string) *v1.Service {
+		return service(func(s *v1.Service) { s.Spec.ExternalIPs = externals }, port("http", v1.ProtocolTCP, 80))
+	}
+	r := startRig(t, lb.Options{}, odd(append([]string{good}, bad...)...), slice("web-1", "http", v1.ProtocolTCP, endpoint(one, thisNode)))
+	counted := func(ipv4, ipv6 int) {
+		t.Helper()
+		var text string
+		r.eventually(func() bool {
+			_, text = r.get(r.metric, "/metrics")
+			return strings.Contains(text, fmt.Sprintf("\nplimsoll_lb_ignored_addresses{ip_family=\"IPv4\"} %d\n", ipv4)) &&
+				strings.Contains(text, fmt.Sprintf("\nplimsoll_lb_ignored_addresses{ip_family=\"IPv6\"} %d\n", ipv6))
+		}, func() string { return text })
+	}
+	r.wants("tcp", good+":80", one+":8080")
+	r.wants("tcp", http80, one+":8080")
+	counted(4, 1)
+	if _, text := r.get(r.metric, "/status"); !strings.Contains(text, "IPv4: 4 addresses of Services cannot be served (see the log)") {
+		t.Errorf("status does not tell: %s", text)
+	}
+	r.updateService(odd(bad...))
+	r.wantsError("tcp", good+":80", unix.ENETUNREACH)
+	for _, address := range bad {
+		line := fmt.Sprintf(`"Address of a Service ignored" service="default/web" address="%s"`, address)
+		if n := lines.Count(line); n != 1 {
+			t.Errorf("%q is in the log %d times:\n%s", line, n, lines)
+		}
+	}
+	if code, text := r.get(r.health, "/healthz"); code != http.StatusOK {
+		t.Errorf("healthz: %d %s", code, text)
+	}
+	r.updateService(odd())
+	counted(0, 0)
 }

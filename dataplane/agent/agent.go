@@ -22,6 +22,7 @@ import (
 
 	v1 "k8s.io/api/core/v1"
 	discovery "k8s.io/api/discovery/v1"
+	networking "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
@@ -157,9 +158,11 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		defer cancel()
 	}
 
-	nodes, services, slices, cidrs := nodeFactory(cfg), serviceFactory(cfg), sliceFactory(cfg), informers.NewSharedInformerFactory(cfg.Client, 0)
+	api := newAPIServer()
+	nodes, services, slices := nodeFactory(cfg, api), serviceFactory(cfg, api), sliceFactory(cfg, api)
+	factories := []informers.SharedInformerFactory{nodes, services, slices}
 	node := nodes.Core().V1().Nodes()
-	status := newStatus(balancer, node.Lister(), cfg.NodeName)
+	status := newStatus(balancer, node, cfg.NodeName, network, api, held.taken)
 	var save *saver
 	if cfg.Snapshot != "" {
 		save = newSaver(cfg, balancer, status)
@@ -218,11 +221,13 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	}
 	if network != nil {
 		nodeConfig.RegisterEventHandler(network)
+		cidrs := cidrFactory(cfg, api)
+		factories = append(factories, cidrs)
 		cidrConfig := proxyconfig.NewServiceCIDRConfig(ctx, cidrs.Networking().V1().ServiceCIDRs(), 0)
 		cidrConfig.RegisterEventHandler(network)
 		watches.Go(func() { cidrConfig.Run(ctx.Done()) })
 	}
-	for _, factory := range []informers.SharedInformerFactory{nodes, services, slices, cidrs} {
+	for _, factory := range factories {
 		factory.Start(ctx.Done())
 		watches.Go(func() {
 			<-ctx.Done()
@@ -253,26 +258,29 @@ func Run(ctx context.Context, cfg Config) (err error) {
 
 // The watches select what kube-proxy's select. Nothing is listed again periodically: the trackers miss no change.
 
-func serviceFactory(cfg Config) informers.SharedInformerFactory {
-	return informers.NewSharedInformerFactoryWithOptions(cfg.Client, 0, informers.WithTransform(strip),
-		informers.WithTweakListOptions(func(o *metav1.ListOptions) {
-			o.LabelSelector = "!" + labelServiceProxyName
-			o.FieldSelector = fields.OneTermNotEqualSelector("spec.clusterIP", v1.ClusterIPNone).String()
-		}))
+func serviceFactory(cfg Config, api *apiServer) informers.SharedInformerFactory {
+	services := cfg.Client.CoreV1().Services(v1.NamespaceAll)
+	return informersOf(api, cfg.Client, &v1.Service{}, "services", services, func(o *metav1.ListOptions) {
+		o.LabelSelector = "!" + labelServiceProxyName
+		o.FieldSelector = fields.OneTermNotEqualSelector("spec.clusterIP", v1.ClusterIPNone).String()
+	})
 }
 
-func sliceFactory(cfg Config) informers.SharedInformerFactory {
-	return informers.NewSharedInformerFactoryWithOptions(cfg.Client, 0, informers.WithTransform(strip),
-		informers.WithTweakListOptions(func(o *metav1.ListOptions) {
-			o.LabelSelector = "!" + v1.IsHeadlessService
-		}))
+func sliceFactory(cfg Config, api *apiServer) informers.SharedInformerFactory {
+	slices := cfg.Client.DiscoveryV1().EndpointSlices(v1.NamespaceAll)
+	return informersOf(api, cfg.Client, &discovery.EndpointSlice{}, "endpointslices", slices, func(o *metav1.ListOptions) {
+		o.LabelSelector = "!" + v1.IsHeadlessService
+	})
 }
 
-func nodeFactory(cfg Config) informers.SharedInformerFactory {
-	return informers.NewSharedInformerFactoryWithOptions(cfg.Client, 0, informers.WithTransform(strip),
-		informers.WithTweakListOptions(func(o *metav1.ListOptions) {
-			o.FieldSelector = fields.OneTermEqualSelector(metav1.ObjectNameField, cfg.NodeName).String()
-		}))
+func nodeFactory(cfg Config, api *apiServer) informers.SharedInformerFactory {
+	return informersOf(api, cfg.Client, &v1.Node{}, "nodes", cfg.Client.CoreV1().Nodes(), func(o *metav1.ListOptions) {
+		o.FieldSelector = fields.OneTermEqualSelector(metav1.ObjectNameField, cfg.NodeName).String()
+	})
+}
+
+func cidrFactory(cfg Config, api *apiServer) informers.SharedInformerFactory {
+	return informersOf(api, cfg.Client, &networking.ServiceCIDR{}, "servicecidrs", cfg.Client.NetworkingV1().ServiceCIDRs(), nil)
 }
 
 // labelServiceProxyName names another proxy that a Service is meant for (KEP-2447).

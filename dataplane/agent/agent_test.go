@@ -3,6 +3,7 @@
 package agent_test
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -52,6 +53,8 @@ type rig struct {
 	client *fake.Clientset
 	health string // where healthz is served
 	metric string // where metrics are served
+
+	patience time.Duration // how long a condition is waited for; 0: 5 s
 }
 
 // startRig runs an agent over objects until the test ends.
@@ -93,7 +96,10 @@ func (r *rig) run(cfg agent.Config) (end func()) {
 	if err := mustLoad(r.T, options).Close(); err != nil {
 		r.Fatal(err)
 	}
-	cfg.Client, cfg.NodeName, cfg.HealthzBindAddress, cfg.MetricsBindAddress = r.client, thisNode, r.health, r.metric
+	if cfg.Client == nil {
+		cfg.Client = r.client
+	}
+	cfg.NodeName, cfg.HealthzBindAddress, cfg.MetricsBindAddress = thisNode, r.health, r.metric
 	ctx, cancel := context.WithCancel(r.Context())
 	done := make(chan error, 1)
 	go func() { done <- agent.Run(ctx, cfg) }()
@@ -166,7 +172,7 @@ func (r *rig) wantsError(network, address string, number unix.Errno) {
 
 func (r *rig) eventually(condition func() bool, otherwise func() string) {
 	r.Helper()
-	tick, late := time.NewTicker(5*time.Millisecond), time.After(5*time.Second)
+	tick, late := time.NewTicker(5*time.Millisecond), time.After(cmp.Or(r.patience, 5*time.Second))
 	defer tick.Stop()
 	for !condition() {
 		select {
@@ -419,6 +425,7 @@ func TestIgnored(t *testing.T) {
 }
 
 func TestStatus(t *testing.T) {
+	lines := agent.StartLogs(t)
 	r := startRig(t, lb.Options{Services: 1},
 		service(nil, port("http", v1.ProtocolTCP, 80)), slice("web-1", "http", v1.ProtocolTCP, endpoint(one, thisNode), endpoint(two, thisNode)))
 	r.wants("tcp", http80, one+":8080", two+":8080")
@@ -457,6 +464,12 @@ func TestStatus(t *testing.T) {
 			return strings.Contains(text, "\nplimsoll_lb_sync_errors_total 1\n")
 		}, func() string { return text })
 		r.wants("tcp", http80, one+":8080", two+":8080")
+		if text := lines.String(); !strings.Contains(text, `"Service port not programmed" err=`) || !strings.Contains(text, `servicePort="default/more:http"`) {
+			t.Errorf("the log does not name the Service: %s", text)
+		}
+		if _, text := r.get(r.metric, "/status"); !strings.Contains(text, "IPv4: 1 frontends could not be programmed (see the log)") {
+			t.Errorf("status does not tell: %s", text)
+		}
 
 		// As soon as there is room, the other one has it.
 		if err := r.client.CoreV1().Services("default").Delete(r.Context(), "web", metav1.DeleteOptions{}); err != nil {
@@ -532,6 +545,13 @@ func TestReboot(t *testing.T) {
 	})
 	r.run(agent.Config{Cgroup: r.pod.Cgroup, Snapshot: file})
 	r.wants("tcp", http80, one+":8080")
+	// Load balancers send to this node all the same.
+	var health string
+	r.eventually(func() bool {
+		var code int
+		code, health = r.get(r.health, "/healthz")
+		return code == http.StatusOK
+	}, func() string { return "healthz by a snapshot: " + health })
 	close(answer)
 	r.wants("tcp", http80, two+":8080")
 }

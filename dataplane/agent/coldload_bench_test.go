@@ -11,6 +11,7 @@ import (
 	v1 "k8s.io/api/core/v1"
 	discovery "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes/fake"
 
 	"github.com/plimsoll-bench/plimsoll/dataplane/lb"
@@ -31,7 +32,9 @@ func BenchmarkColdLoad(b *testing.B) {
 			b.Fatal(err)
 		}
 		cfg := Config{Client: fake.NewClientset(), NodeName: "here"}
-		s := newSyncer(cfg, v1.IPv4Protocol, balancer, nil, newStatus(balancer, nil, cfg.NodeName), nil, nil, func() {})
+		nodes := informers.NewSharedInformerFactory(cfg.Client, 0).Core().V1().Nodes()
+		status := newStatus(balancer, nodes, cfg.NodeName, nil, newAPIServer(), "")
+		s := newSyncer(cfg, v1.IPv4Protocol, balancer, nil, status, nil, nil, func() {})
 		address := first
 		for i := range services {
 			service, slice := anyService(fmt.Sprint("any-", i), address)

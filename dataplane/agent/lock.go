@@ -17,7 +17,10 @@ import (
 var ErrOtherAgent = errors.New("another agent is on this node: end it first")
 
 // locks are files that one agent at a time may hold: the kernel lets go of them when the process ends, however it does.
-type locks []*os.File
+type locks struct {
+	files []*os.File
+	taken string // the network namespace, if somebody else holds its lock; empty: nobody does
+}
 
 // lockNode has this agent be the only one on its cgroup and its pins, and warns if it may not be in its devices' network namespace.
 func lockNode(cfg Config) (_ locks, err error) {
@@ -44,9 +47,10 @@ func lockNode(cfg Config) (_ locks, err error) {
 		if err != nil {
 			return held, fmt.Errorf("agent: %s: %w", what, err)
 		}
-		held = append(held, file)
+		held.files = append(held.files, file)
 		if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) && what == "network namespace" {
-			// Any process there may hold this one, without rights.
+			// Any process there may hold this one, without rights: it is no reason to end, nor for bad health.
+			held.taken = path
 			klog.InfoS("The network namespace is locked: another agent may be at work there", "path", path)
 		} else if errors.Is(err, unix.EWOULDBLOCK) {
 			return held, fmt.Errorf("agent: %s %s: %w", what, path, ErrOtherAgent)
@@ -59,7 +63,7 @@ func lockNode(cfg Config) (_ locks, err error) {
 
 func (l locks) close() error {
 	var errs []error
-	for _, file := range l {
+	for _, file := range l.files {
 		errs = append(errs, file.Close())
 	}
 	return errors.Join(errs...)

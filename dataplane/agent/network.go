@@ -73,11 +73,14 @@ type network struct {
 	work     chan func()
 	done     chan struct{}
 
-	mu       sync.Mutex // guards what follows
-	cidrs    []string   // nil until they are known
-	complete bool       // whether all Services are carried
+	mu       sync.Mutex       // guards what follows
+	cidrs    []string         // nil until they are known
+	complete bool             // whether all Services are carried
+	fault    map[string]error // what is lacking, by what that is
 
-	attached map[int]attachment // by the device's index; of the thread's own
+	// The thread's own.
+	attached  map[int]attachment // by the device's index
+	subscribe func(chan<- netlink.LinkUpdate, <-chan struct{}, netlink.LinkSubscribeOptions) error
 }
 
 var (
@@ -87,7 +90,10 @@ var (
 
 // startNetwork attaches the packet programs to the devices that are there, and to those that come until ctx ends.
 func startNetwork(ctx context.Context, cfg Config, balancer *lb.Balancer) (*network, error) {
-	n := &network{cfg: cfg, balancer: balancer, work: make(chan func()), done: make(chan struct{}), attached: make(map[int]attachment)}
+	n := &network{
+		cfg: cfg, balancer: balancer, work: make(chan func()), done: make(chan struct{}), attached: make(map[int]attachment),
+		subscribe: netlink.LinkSubscribeWithOptions,
+	}
 	if cfg.Local.Mode != NodeCIDR { // else what a former agent knew is true until the node has been seen
 		if err := balancer.SetInsiders(cfg.Local.CIDRs); err != nil {
 			return nil, err
@@ -137,14 +143,15 @@ func (n *network) run(ctx context.Context, started chan<- error) {
 			f()
 		case <-canary.C:
 			n.restoreNAT()
+			if links == nil {
+				links = n.rewatch(stop)
+			} else if n.lacks(attaching) {
+				n.attachAnew()
+			}
 		case update, open := <-links:
 			if !open {
 				// The kernel dropped messages, or the socket broke: what there is tells all that was missed.
-				links = make(chan netlink.LinkUpdate)
-				if err := errors.Join(n.watch(links, stop), n.attachAll()); err != nil {
-					klog.ErrorS(err, "Devices not watched: those that come are not attached to")
-					links = nil
-				}
+				links = n.rewatch(stop)
 				continue
 			}
 			n.linkChanged(update)
@@ -152,7 +159,71 @@ func (n *network) run(ctx context.Context, started chan<- error) {
 	}
 }
 
-// canaryPeriod is how often the nftables table is looked for. kube-proxy looks for its iptables chains every 30 s.
+// What the packet path may lack, until a canary finds it mended.
+const (
+	watching  = "devices are not watched"
+	attaching = "a device is not attached to"
+	nat       = "the nftables table may be missing"
+)
+
+// rewatch watches devices anew and attaches to all that there are. It returns nil if they cannot be watched, for the next canary to try.
+func (n *network) rewatch(stop <-chan struct{}) chan netlink.LinkUpdate {
+	links := make(chan netlink.LinkUpdate)
+	err := n.watch(links, stop)
+	n.lack(watching, err)
+	if err != nil {
+		klog.ErrorS(err, "Devices not watched: those that come are not attached to before this is tried again", "retry", canaryPeriod)
+		links = nil
+	}
+	n.attachAnew()
+	return links
+}
+
+// attachAnew attaches to all devices that want it.
+func (n *network) attachAnew() {
+	err := n.attachAll()
+	n.lack(attaching, err)
+	if err != nil {
+		klog.ErrorS(err, "Devices not attached to: clients behind them reach no Services by packets", "retry", canaryPeriod)
+	}
+}
+
+// lack notes that something is lacking because of an error, or no longer is if there is none.
+func (n *network) lack(what string, err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if err == nil {
+		delete(n.fault, what)
+		return
+	}
+	if n.fault == nil {
+		n.fault = make(map[string]error)
+	}
+	n.fault[what] = err
+}
+
+func (n *network) lacks(what string) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.fault[what] != nil
+}
+
+// faults are what is lacking, sorted. A nil network lacks nothing.
+func (n *network) faults() (all []string) {
+	if n == nil {
+		return nil
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for what, err := range n.fault {
+		all = append(all, fmt.Sprintf("%s: %v", what, err))
+	}
+	slices.Sort(all)
+	return all
+}
+
+// canaryPeriod is how often the nftables table is looked for, and what is lacking is tried again. kube-proxy looks for its iptables chains
+// every 30 s.
 const canaryPeriod = 10 * time.Second
 
 // restoreNAT brings the nftables table back after somebody has flushed all rules.
@@ -162,13 +233,17 @@ func (n *network) restoreNAT() {
 		klog.InfoS("The agent's nftables table was removed by somebody: installed anew")
 		err = n.balancer.KeepNAT()
 	}
+	n.lack(nat, err)
 	if err != nil {
 		klog.ErrorS(err, "The agent's nftables table may be missing: packets are not translated without it")
 	}
 }
 
-// drain lets the sender of a channel that nobody reads go on to its end.
+// drain lets the sender of a channel that nobody reads go on to its end. A nil channel has none.
 func drain(links <-chan netlink.LinkUpdate) {
+	if links == nil {
+		return
+	}
 	for range links {
 	}
 }
@@ -181,7 +256,7 @@ func (n *network) watch(links chan netlink.LinkUpdate, stop <-chan struct{}) err
 			klog.ErrorS(err, "Devices are watched anew")
 		}
 	}}
-	if err := netlink.LinkSubscribeWithOptions(links, stop, options); err != nil {
+	if err := n.subscribe(links, stop, options); err != nil {
 		return fmt.Errorf("watch devices: %w", err)
 	}
 	return nil
@@ -212,6 +287,7 @@ func (n *network) linkChanged(update netlink.LinkUpdate) {
 		err = n.attach(attrs)
 	}
 	if err != nil {
+		n.lack(attaching, err)
 		klog.ErrorS(err, "Device not attached to: clients behind it reach no Services by packets", "device", attrs.Name)
 	}
 }

@@ -42,7 +42,10 @@ type Report struct {
 	LocalMode        string   `json:"detectLocalMode,omitempty"`
 	KubeProxysTraces []string `json:"kubeProxyRules"` // what of kube-proxy is still in the kernel
 
-	Families []FamilyReport `json:"families"`
+	OtherAgent string         `json:"otherAgentIn,omitempty"` // the network namespace, if another agent may be at work there
+	Faults     []string       `json:"packetPathFaults"`       // what the packet path lacks now
+	API        []APIReport    `json:"apiServer"`              // by resource
+	Families   []FamilyReport `json:"families"`
 }
 
 // A FamilyReport is that of an IP version.
@@ -51,6 +54,7 @@ type FamilyReport struct {
 	LastSync  time.Time `json:"lastSync"` // the last without an error; zero: none yet
 	Failed    int       `json:"failedFrontends"`
 	Contested int       `json:"contestedFrontends"`
+	Ignored   int       `json:"ignoredAddresses"`
 	Ports     Ports     `json:"servicePorts"`
 	Services  Fill      `json:"servicesMap"`
 	Backends  Fill      `json:"backendsMap"`
@@ -82,8 +86,9 @@ type reporter struct {
 
 func (r *reporter) report() Report {
 	report := Report{
-		Node: r.cfg.NodeName, Healthy: r.status.health.Health().Healthy, Cgroup: r.cfg.Cgroup, Hooks: r.balancer.Hooks(),
+		Node: r.cfg.NodeName, Healthy: r.status.now().Healthy, Cgroup: r.cfg.Cgroup, Hooks: r.balancer.Hooks(),
 		PeerNames: r.cfg.LB.PeerNames, Devices: []string{}, LocalMode: string(r.cfg.Local.Mode), Reasons: []string{},
+		Faults: append([]string{}, r.network.faults()...), API: r.status.api.report(), OtherAgent: r.status.taken,
 	}
 	report.KubeProxysTraces = r.traces()
 	if r.network != nil {
@@ -137,9 +142,23 @@ func (r *Report) judge() {
 		if f.Contested > 0 {
 			r.Reasons = append(r.Reasons, fmt.Sprintf("%s: %d frontends are wanted by several Services, and the first by name has each", f.Family, f.Contested))
 		}
+		if f.Ignored > 0 {
+			r.Reasons = append(r.Reasons, fmt.Sprintf("%s: %d addresses of Services cannot be served (see the log)", f.Family, f.Ignored))
+		}
 	}
-	if !r.Healthy {
+	if r.OtherAgent != "" {
+		r.Reasons = append(r.Reasons, "another agent may be at work in the network namespace: its lock was held at the start: "+r.OtherAgent)
+	}
+	for _, fault := range r.Faults {
+		add(Partial, "packets: %s", fault)
+	}
+	if !r.Healthy && len(r.Faults) == 0 {
 		add(Partial, "syncs are late (see /healthz)")
+	}
+	for _, a := range r.API {
+		if !a.AwaySince.IsZero() {
+			r.Reasons = append(r.Reasons, fmt.Sprintf("%s: the API server is away, and what has changed since is not known: %s", a.Resource, a.LastError))
+		}
 	}
 	for _, trace := range r.KubeProxysTraces {
 		r.Reasons = append(r.Reasons, "kube-proxy's rules are still there: "+trace)

@@ -19,6 +19,7 @@ import (
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/sets"
+	coreinformers "k8s.io/client-go/informers/core/v1"
 	corelisters "k8s.io/client-go/listers/core/v1"
 	"k8s.io/component-base/metrics"
 	"k8s.io/component-base/metrics/legacyregistry"
@@ -46,15 +47,22 @@ type status struct {
 	syncErrors     *metrics.Counter
 	snapshotErrors *metrics.Counter
 	contested      *metrics.GaugeVec
+	ignored        *metrics.GaugeVec
+	network        *network // nil without devices
+	api            *apiServer
+	taken          string // the network namespace, if another agent may be at work there
 }
 
 // newStatus registers kube-proxy's metrics under their own names, and the load balancer's.
-func newStatus(balancer *lb.Balancer, nodes corelisters.NodeLister, nodeName string) *status {
+func newStatus(balancer *lb.Balancer, nodes coreinformers.NodeInformer, nodeName string, network *network, api *apiServer, taken string) *status {
 	proxymetrics.RegisterMetrics(kubeproxyconfig.ProxyMode(Mode))
 	registerPartial()
 	s := &status{
-		health:   healthcheck.NewProxyHealthServer("", 2*retryPeriod, node{nodes, nodeName}),
+		health:   healthcheck.NewProxyHealthServer("", 2*retryPeriod, node{nodes.Lister(), nodeName, nodes.Informer().HasSynced, balancer}),
 		registry: metrics.NewKubeRegistry(),
+		network:  network,
+		api:      api,
+		taken:    taken,
 		syncErrors: metrics.NewCounter(&metrics.CounterOpts{
 			Name: "plimsoll_lb_sync_errors_total",
 			Help: "Changes of frontends that could not be made, each try counted",
@@ -67,8 +75,21 @@ func newStatus(balancer *lb.Balancer, nodes corelisters.NodeLister, nodeName str
 			Name: "plimsoll_lb_contested_frontends",
 			Help: "Frontends that several Service ports want, of which the first by name has it",
 		}, []string{"ip_family"}),
+		ignored: metrics.NewGaugeVec(&metrics.GaugeOpts{
+			Name: "plimsoll_lb_ignored_addresses",
+			Help: "External and load balancers' addresses of Services that cannot be served",
+		}, []string{"ip_family"}),
 	}
-	s.registry.MustRegister(s.syncErrors, s.snapshotErrors, s.contested)
+	s.registry.MustRegister(s.syncErrors, s.snapshotErrors, s.contested, s.ignored)
+	s.registry.RawMustRegister(prometheus.NewGaugeFunc(
+		prometheus.GaugeOpts{Name: "plimsoll_lb_packet_path_faults", Help: "What the packet path lacks now, as devices that cannot be watched"},
+		func() float64 { return float64(len(network.faults())) },
+	))
+	s.registry.RawMustRegister(prometheus.NewGaugeFunc(
+		prometheus.GaugeOpts{Name: "plimsoll_lb_other_agents", Help: "1 if another agent may be at work in the network namespace, whose lock was held when this one started"},
+		func() float64 { return float64(min(1, len(taken))) },
+	))
+	api.register(s.registry)
 	gauge := func(name, help string, labels map[string]string, value func(lb.Counts) int) {
 		for family, counts := range map[v1.IPFamily]func() lb.Counts{
 			v1.IPv4Protocol: func() lb.Counts { c, _ := balancer.Counts(); return c },
@@ -95,17 +116,28 @@ func newStatus(balancer *lb.Balancer, nodes corelisters.NodeLister, nodeName str
 
 // node is what health asks whether this node may have traffic.
 type node struct {
-	lister corelisters.NodeLister
-	name   string
+	lister   corelisters.NodeLister
+	name     string
+	synced   func() bool // whether the lister has seen what there is
+	balancer *lb.Balancer
 }
 
-// Node returns nil for a node that was not seen, which is not eligible.
+// Node returns nil for a node that is not there, which is not eligible.
+//
+// While the API server has not answered, a node that a former agent's pins or a snapshot have Services for is taken for one that is there: else
+// all nodes whose agents start while the API server is away would have no traffic.
 func (n node) Node() *v1.Node {
+	synced := n.synced() // before it is looked for
 	node, err := n.lister.Get(n.name)
-	if err != nil {
-		return nil
+	if err == nil {
+		return node
 	}
-	return node
+	if !synced {
+		for range n.balancer.Frontends() {
+			return &v1.Node{}
+		}
+	}
+	return nil
 }
 
 // started says that the loop runs: something is on its way until the first sync is over.
@@ -148,7 +180,8 @@ func (s *status) synced(o outcome) {
 	}
 	for _, times := range o.triggers {
 		for _, trigger := range times {
-			proxymetrics.NetworkProgrammingLatency.WithLabelValues(label).Observe(time.Since(trigger).Seconds())
+			// Another host's clock wrote it, and this one's may have been set since. Less than no time would have the sum sink.
+			proxymetrics.NetworkProgrammingLatency.WithLabelValues(label).Observe(max(0, time.Since(trigger)).Seconds())
 		}
 	}
 	for policy, ports := range o.noLocal {
@@ -211,17 +244,23 @@ func (s servers) close() error {
 	return errors.Join(errs...)
 }
 
-// healthHandler answers /healthz with 200 while syncs are in time and the node may have traffic, /livez without asking
-// for the node.
+// now is how the agent does. It is bad while syncs are late, or the packet path lacks something.
+func (s *status) now() healthcheck.ProxyHealth {
+	health := s.health.Health()
+	health.Healthy = health.Healthy && len(s.network.faults()) == 0
+	return health
+}
+
+// healthHandler answers /healthz with 200 while the agent does well and the node may have traffic, /livez without asking for the node.
 func (s *status) healthHandler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) {
-		health, eligible := s.health.Health(), s.health.NodeEligible()
+		health, eligible := s.now(), s.health.NodeEligible()
 		health.NodeEligible = &eligible
 		writeHealth(w, health, health.Healthy && eligible, proxymetrics.ProxyHealthzTotal)
 	})
 	mux.HandleFunc("/livez", func(w http.ResponseWriter, _ *http.Request) {
-		health := s.health.Health()
+		health := s.now()
 		writeHealth(w, health, health.Healthy, proxymetrics.ProxyLivezTotal)
 	})
 	return mux

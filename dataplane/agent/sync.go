@@ -23,7 +23,9 @@ import (
 	"k8s.io/kubernetes/pkg/proxy"
 	proxyconfig "k8s.io/kubernetes/pkg/proxy/config"
 	"k8s.io/kubernetes/pkg/proxy/runner"
+	proxyutil "k8s.io/kubernetes/pkg/proxy/util"
 	utilnode "k8s.io/kubernetes/pkg/util/node"
+	netutils "k8s.io/utils/net"
 
 	"github.com/plimsoll-bench/plimsoll/dataplane/lb"
 )
@@ -55,6 +57,7 @@ type syncer struct {
 	nodeAddress netip.Addr // where NodePorts are served; zero until the node says
 	ports       proxy.ServicePortMap
 	endpointsOf proxy.EndpointsMap
+	ignored     map[types.NamespacedName]sets.Set[string]  // addresses of Services that cannot be served
 	claims      map[lb.Frontend][]claimant                 // who wants a frontend, sorted; the first has it
 	contested   sets.Set[lb.Frontend]                      // those that several want
 	changed     sets.Set[lb.Frontend]                      // those to look at in the next sync, never as they are to clients outside
@@ -92,6 +95,7 @@ func newSyncer(cfg Config, family v1.IPFamily, balancer *lb.Balancer, network *n
 		ports:       make(proxy.ServicePortMap),
 		endpointsOf: make(proxy.EndpointsMap),
 		triggers:    make(map[types.NamespacedName][]time.Time),
+		ignored:     make(map[types.NamespacedName]sets.Set[string]),
 		claims:      make(map[lb.Frontend][]claimant),
 		contested:   sets.New[lb.Frontend](),
 		changed:     sets.New[lb.Frontend](),
@@ -147,9 +151,70 @@ func (s *syncer) request() {
 func (s *syncer) OnServiceAdd(service *v1.Service)    { s.OnServiceUpdate(nil, service) }
 func (s *syncer) OnServiceDelete(service *v1.Service) { s.OnServiceUpdate(service, nil) }
 func (s *syncer) OnServiceUpdate(old, service *v1.Service) {
+	s.noteAddresses(old, service)
 	if s.services.Update(old, service) {
 		s.request()
 	}
+}
+
+// noteAddresses counts a Service's addresses that cannot be served, and logs those that it did not have before: one that is no address to
+// those of IPv4.
+func (s *syncer) noteAddresses(old, service *v1.Service) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	defer func() { s.status.ignored.WithLabelValues(string(s.family)).Set(float64(s.ignoredAddresses())) }()
+	if service == nil {
+		delete(s.ignored, types.NamespacedName{Namespace: old.Namespace, Name: old.Name})
+		return
+	}
+	name := types.NamespacedName{Namespace: service.Namespace, Name: service.Name}
+	before, now := s.ignored[name], sets.New[string]()
+	for _, text := range addressesOf(service) {
+		reason := ""
+		switch address, err := netip.ParseAddr(text); {
+		case netutils.ParseIPSloppy(text) == nil:
+			if s.family == v1.IPv4Protocol {
+				reason = "it is no address"
+			}
+		case err != nil || (address.Unmap().Is4() != (s.family == v1.IPv4Protocol)):
+			// Of the other IP version; or written as only kube-proxy's own parser reads it, which serves it.
+		case !served(address.Unmap()):
+			reason = "it means something else in each network namespace, or no host"
+		case proxyutil.GetClusterIPByFamily(s.family, service) == "":
+			reason = "the Service has no ClusterIP of this IP version"
+		}
+		if reason == "" {
+			continue
+		}
+		if now.Insert(text); !before.Has(text) {
+			klog.InfoS("Address of a Service ignored", "service", name, "address", text, "reason", reason)
+		}
+	}
+	if s.ignored[name] = now; len(now) == 0 {
+		delete(s.ignored, name)
+	}
+}
+
+// addressesOf are those for the world outside, which are not the API server's choice.
+func addressesOf(service *v1.Service) []string {
+	if proxyutil.ShouldSkipService(service) {
+		return nil
+	}
+	all := slices.Clone(service.Spec.ExternalIPs)
+	for _, ingress := range service.Status.LoadBalancer.Ingress {
+		if ingress.IP != "" && proxyutil.IsVIPMode(ingress) {
+			all = append(all, ingress.IP)
+		}
+	}
+	return all
+}
+
+// ignoredAddresses counts those of all Services.
+func (s *syncer) ignoredAddresses() (n int) {
+	for _, addresses := range s.ignored {
+		n += addresses.Len()
+	}
+	return n
 }
 
 // OnServiceSynced, OnEndpointSlicesSynced and OnNodeSynced are called once each, when all of the first list has been seen.
@@ -288,8 +353,15 @@ func (s *syncer) noteClaims(frontend lb.Frontend) {
 		s.contested.Delete(frontend)
 	case !s.contested.Has(frontend):
 		s.contested.Insert(frontend)
-		klog.InfoS("Several Service ports want one frontend", "frontend", frontend, "servicePort", claimants[0].name, "claims", len(claimants))
+		klog.InfoS("Several Service ports want one frontend: the first has it", "frontend", frontend, "servicePort", claimants[0].name, "others", names(claimants[1:]))
 	}
+}
+
+func names(claimants []claimant) (all []string) {
+	for _, c := range claimants {
+		all = append(all, c.name.String())
+	}
+	return all
 }
 
 // compareClaimants orders ports, so that of several the same one has a frontend whatever came first: the one with the best title, of those
@@ -411,7 +483,12 @@ func (s *syncer) sync() error {
 
 // absorb has the trackers tell what has changed. Ports come first, and bring what is known of their endpoints with them.
 func (s *syncer) absorb() {
+	before := len(s.ports)
 	s.ports.Update(s.services)
+	if before > 0 && len(s.ports) == 0 {
+		// An API server that lost its data says so, too, with all the right marks. It is believed, as kube-proxy does.
+		klog.InfoS("The API server has no Services any more: all are withdrawn", "ipFamily", s.family, "servicePorts", before)
+	}
 	maps.Copy(s.triggers, s.endpointsOf.Update(s.endpoints).LastChangeTriggerTimes)
 }
 
@@ -419,7 +496,7 @@ func (s *syncer) absorb() {
 func (s *syncer) report() FamilyReport {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	r := FamilyReport{Family: string(s.family), LastSync: s.synced, Failed: s.failed, Contested: s.contested.Len()}
+	r := FamilyReport{Family: string(s.family), LastSync: s.synced, Failed: s.failed, Contested: s.contested.Len(), Ignored: s.ignoredAddresses()}
 	for _, port := range s.ports {
 		r.Ports.ClusterIP++
 		r.Ports.ExternalIP += len(port.ExternalIPs())
@@ -669,6 +746,10 @@ func frontendAt(ip net.IP, port int, protocol v1.Protocol) (lb.Frontend, bool) {
 	}
 	address, ok := netip.AddrFromSlice(ip)
 	address = address.Unmap()
-	ok = ok && lb.IsHost(address) && !address.IsLoopback() && !address.IsLinkLocalUnicast()
-	return lb.Frontend{Address: netip.AddrPortFrom(address, uint16(port)), Protocol: number}, ok
+	return lb.Frontend{Address: netip.AddrPortFrom(address, uint16(port)), Protocol: number}, ok && served(address)
+}
+
+// served tells whether a Service can be at an address.
+func served(address netip.Addr) bool {
+	return lb.IsHost(address) && !address.IsLoopback() && !address.IsLinkLocalUnicast()
 }
