@@ -224,7 +224,8 @@ func mustNetNS(t testing.TB) *clusters.NetNS {
 // mustAPI starts an API server and returns a client for this process, and a kubeconfig for programs in ns.
 func mustAPI(t testing.TB, bin string, ns *clusters.NetNS) (kubernetes.Interface, string) {
 	t.Helper()
-	control, kubeconfig := mustControlPlane(t, bin, ns)
+	control, kubeconfig := mustControlPlane(t, bin)
+	mustForward(t, control, ns)
 	client, err := kubernetes.NewForConfig(control.RESTConfig())
 	if err != nil {
 		t.Fatal(err)
@@ -232,8 +233,8 @@ func mustAPI(t testing.TB, bin string, ns *clusters.NetNS) (kubernetes.Interface
 	return client, kubeconfig
 }
 
-// mustControlPlane starts an API server, which programs in ns reach by the kubeconfig.
-func mustControlPlane(t testing.TB, bin string, ns *clusters.NetNS) (*lab.ControlPlane, string) {
+// mustControlPlane starts an API server and returns a kubeconfig for programs in namespaces that mustForward gives a way there.
+func mustControlPlane(t testing.TB, bin string) (*lab.ControlPlane, string) {
 	t.Helper()
 	dir := t.TempDir()
 	control, err := lab.StartControlPlane(t.Context(), lab.ControlPlaneOptions{Name: fmt.Sprintf("test-agent-%d", os.Getpid()), Dir: dir, Bin: bin})
@@ -247,17 +248,22 @@ func mustControlPlane(t testing.TB, bin string, ns *clusters.NetNS) (*lab.Contro
 			t.Error(err)
 		}
 	})
+	kubeconfig := filepath.Join(dir, "kubeconfig")
+	if err := control.Kubeconfig(kubeconfig, "https://"+apiServer); err != nil {
+		t.Fatal(err)
+	}
+	return control, kubeconfig
+}
+
+// mustForward gives programs in ns a way to the API server until the test ends.
+func mustForward(t testing.TB, control *lab.ControlPlane, ns *clusters.NetNS) {
+	t.Helper()
 	l, err := ns.Listen(t.Context(), apiServer)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { l.Close() })
 	go control.Forward(l)
-	kubeconfig := filepath.Join(dir, "kubeconfig")
-	if err := control.Kubeconfig(kubeconfig, "https://"+apiServer); err != nil {
-		t.Fatal(err)
-	}
-	return control, kubeconfig
 }
 
 // mustService creates a Service with the backend for its endpoint and returns the address that the API server gave it.
@@ -308,24 +314,13 @@ func serve(t testing.TB, ns *clusters.NetNS, address string, handle func(net.Con
 // startProgram starts plimsoll in ns and kills it after the test unless it has ended. A failed test prints what it said.
 func startProgram(t testing.TB, ns *clusters.NetNS, args ...string) *exec.Cmd {
 	t.Helper()
-	var said bytes.Buffer
-	t.Cleanup(func() { // when it has ended
-		if t.Failed() {
-			t.Logf("plimsoll %s:\n%s", args[0], said.String())
-		}
-	})
-	return startProgramTo(t, ns, &said, args...)
-}
-
-// startProgramTo starts plimsoll in ns, which writes to out, and kills it after the test unless it has ended.
-func startProgramTo(t testing.TB, ns *clusters.NetNS, out io.Writer, args ...string) *exec.Cmd {
-	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
+	var said bytes.Buffer
 	cmd := exec.Command(self, args...)
-	cmd.Stdout, cmd.Stderr = out, out
+	cmd.Stdout, cmd.Stderr = &said, &said
 	if err := ns.Do(cmd.Start); err != nil {
 		t.Fatal(err)
 	}
@@ -333,6 +328,9 @@ func startProgramTo(t testing.TB, ns *clusters.NetNS, out io.Writer, args ...str
 		if cmd.ProcessState == nil {
 			cmd.Process.Kill()
 			cmd.Wait()
+		}
+		if t.Failed() {
+			t.Logf("plimsoll %s:\n%s", args[0], said.String())
 		}
 	})
 	return cmd

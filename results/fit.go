@@ -123,6 +123,21 @@ func fit(rungs []rung, noise aaNoise, rng *rand.Rand) fitResult {
 	return out
 }
 
+// Slope is what each Service adds to a cost, in the cost's unit per Service: the slope of the straight line through the medians of mode minus
+// floor, and its 95 % bootstrap interval, as verdicts have them where no A/A pair measured the noise. mode[i] and floor[i] are the rounds at
+// services[i], which rises; round r of the one was measured beside round r of the other. It takes three rungs of two rounds each. Equal seeds give equal intervals.
+func Slope(services []int, mode, floor [][]float64, seed int64) (slope, low, high float64) {
+	rungs := make([]rung, len(services))
+	for i, n := range services {
+		rungs[i] = rung{services: float64(n), scale: math.Hypot(median(mode[i]), median(floor[i]))}
+		for round, cost := range mode[i] {
+			rungs[i].values = append(rungs[i].values, cost-floor[i][round])
+		}
+	}
+	f := fit(positiveScales(rungs), aaNoise{}, source(seed, "slope"))
+	return f.slope, f.low, f.high
+}
+
 // lowerBound returns the least |x| in [low, high].
 func lowerBound(low, high float64) float64 {
 	if low <= 0 && high >= 0 {

@@ -264,3 +264,27 @@ func TestResampledMedianKeepsTheMedian(t *testing.T) {
 		}
 	}
 }
+
+// The exported slope is that of costs that were made with it, and knows how far it may be off.
+func TestSlopeOfStraightLines(t *testing.T) {
+	services := []int{100, 1_000, 10_000, 20_000, 50_000}
+	for _, want := range []float64{0, 0.01, 2} {
+		rng := rand.New(rand.NewPCG(7, 7))
+		mode, floor := make([][]float64, len(services)), make([][]float64, len(services))
+		for i, n := range services {
+			for range 40 {
+				drift := 100 * rng.NormFloat64() // both of a pair have it
+				floor[i] = append(floor[i], 500+drift)
+				mode[i] = append(mode[i], 700+drift+want*float64(n)+20*rng.NormFloat64())
+			}
+		}
+		slope, low, high := Slope(services, mode, floor, 1)
+		if low > want || high < want || high-low > 0.01 {
+			t.Errorf("of costs that rise by %v a Service the slope is %v, from %v to %v", want, slope, low, high)
+		}
+		again, alow, ahigh := Slope(services, mode, floor, 1)
+		if again != slope || alow != low || ahigh != high {
+			t.Errorf("one seed gives the slope %v, from %v to %v, and then %v, from %v to %v", slope, low, high, again, alow, ahigh)
+		}
+	}
+}

@@ -36,7 +36,7 @@ func (n *node) startProxy(ctx context.Context, bin, kubeconfig string) error {
 	var err error
 	switch {
 	case n.spec.KubeProxy != "":
-		c, err = n.kubeProxyCommand(bin, kubeconfig)
+		c, n.iptables, err = KubeProxyCommand(n.spec, n.dir, bin, kubeconfig)
 	case n.spec.Agent:
 		c, err = n.agentCommand(kubeconfig)
 	default:
@@ -106,17 +106,19 @@ func (n *node) Err() error {
 	return n.proxy.Err()
 }
 
-// kubeProxyCommand writes kube-proxy's configuration and the folder of iptables commands that it finds on its PATH.
-func (n *node) kubeProxyCommand(bin, kubeconfig string) (host.Command, error) {
-	path, err := n.writeIPTables()
-	if err != nil {
-		return host.Command{}, err
+// KubeProxyCommand writes what a real kube-proxy needs into dir, which must be its own, and returns how to start it from the folder bin on a
+// node as spec says, and the path of the iptables command that it uses, empty when spec names no backend. It serves its health at 127.0.0.1:10256
+// and metrics at 127.0.0.1:10249 of its network namespace. The caller fills in the command's NetNS, Cgroup and Log.
+func KubeProxyCommand(spec clusters.ProxySpec, dir, bin, kubeconfig string) (c host.Command, iptables string, err error) {
+	path := filepath.Join(dir, "bin")
+	if iptables, err = writeIPTables(spec.IPTables, dir, path); err != nil {
+		return host.Command{}, "", err
 	}
 	zero := int32(0)
 	config := v1alpha1.KubeProxyConfiguration{
 		TypeMeta:           v1.TypeMeta{APIVersion: "kubeproxy.config.k8s.io/v1alpha1", Kind: "KubeProxyConfiguration"},
-		HostnameOverride:   n.spec.Name,
-		Mode:               v1alpha1.ProxyMode(n.spec.KubeProxy),
+		HostnameOverride:   spec.Name,
+		Mode:               v1alpha1.ProxyMode(spec.KubeProxy),
 		ClusterCIDR:        podRange.String(),
 		DetectLocalMode:    "ClusterCIDR",
 		HealthzBindAddress: proxyHealth,
@@ -129,50 +131,48 @@ func (n *node) kubeProxyCommand(bin, kubeconfig string) (host.Command, error) {
 	}
 	config.ClientConnection.Kubeconfig = kubeconfig
 	config.ClientConnection.ContentType = "application/vnd.kubernetes.protobuf"
-	if p := n.spec.MinSyncPeriod; p != nil {
+	if p := spec.MinSyncPeriod; p != nil {
 		config.IPTables.MinSyncPeriod.Duration = *p
 		config.IPVS.MinSyncPeriod.Duration = *p
 		config.NFTables.MinSyncPeriod.Duration = *p
 	}
 	b, err := yaml.Marshal(config)
 	if err != nil {
-		return host.Command{}, err
+		return host.Command{}, "", err
 	}
-	file := filepath.Join(n.dir, "kube-proxy.yaml")
+	file := filepath.Join(dir, "kube-proxy.yaml")
 	if err := os.WriteFile(file, b, 0o644); err != nil {
-		return host.Command{}, fmt.Errorf("write kube-proxy's configuration: %w", err)
+		return host.Command{}, "", fmt.Errorf("write kube-proxy's configuration: %w", err)
 	}
 	return host.Command{
 		Name: "kube-proxy",
 		Argv: []string{filepath.Join(bin, "kube-proxy"), "--config", file, "--v", "2"},
 		Env:  append(os.Environ(), "PATH="+path+":"+os.Getenv("PATH")),
-	}, nil
+	}, iptables, nil
 }
 
-// writeIPTables makes a folder of iptables commands that choose the backend and the node's own lock, for kube-proxy's PATH
-// and for those who read the rules.
-func (n *node) writeIPTables() (string, error) {
-	dir := filepath.Join(n.dir, "bin")
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+// writeIPTables fills the folder path with iptables commands that choose the backend and a lock in dir, the node's own, for kube-proxy's PATH and
+// for those who read the rules. It returns the iptables command among them; without a backend there are none.
+func writeIPTables(backend, dir, path string) (string, error) {
+	if err := os.MkdirAll(path, 0o755); err != nil {
 		return "", err
 	}
-	if n.spec.IPTables == "" {
-		return dir, nil
+	if backend == "" {
+		return "", nil
 	}
-	multi, err := exec.LookPath("xtables-" + n.spec.IPTables + "-multi")
+	multi, err := exec.LookPath("xtables-" + backend + "-multi")
 	if err != nil {
 		return "", fmt.Errorf("%w; install the iptables package (plimsoll doctor --install)", err)
 	}
 	// Nodes must not wait for each other's, or the host's, lock.
-	lock := filepath.Join(n.dir, "xtables.lock")
+	lock := filepath.Join(dir, "xtables.lock")
 	for _, name := range []string{"iptables", "iptables-save", "iptables-restore", "ip6tables", "ip6tables-save", "ip6tables-restore"} {
 		script := fmt.Sprintf("#!/bin/sh\nXTABLES_LOCKFILE='%s' exec '%s' %s \"$@\"\n", lock, multi, name)
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(script), 0o755); err != nil {
+		if err := os.WriteFile(filepath.Join(path, name), []byte(script), 0o755); err != nil {
 			return "", err
 		}
 	}
-	n.iptables = filepath.Join(dir, "iptables")
-	return dir, nil
+	return filepath.Join(path, "iptables"), nil
 }
 
 func (n *node) agentCommand(kubeconfig string) (host.Command, error) {

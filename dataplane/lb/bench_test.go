@@ -14,6 +14,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/plimsoll-bench/plimsoll/dataplane/lb"
 	"github.com/plimsoll-bench/plimsoll/dataplane/lb/lbtest"
+	"github.com/plimsoll-bench/plimsoll/results"
 	"golang.org/x/sys/unix"
 )
 
@@ -106,30 +107,72 @@ func inBlocks(b *testing.B, plain, translated func() float64) {
 	b.ReportMetric(median(ratios), "ratio")
 }
 
-// BenchmarkHook times the hook per call, as the kernel counts it (BPF_STATS_RUN_TIME), for connects to random Services, in
-// blocks with as many of a pod with an empty program on the same hook between them. An operation is a block of each.
+// hookSizes are the numbers of Services of BenchmarkHook. The slope leaves out the first: one Service that is connected to over and over stays
+// in the CPU's nearest cache, which says nothing of more Services.
+var hookSizes = []int{1, 100, 1_000, 10_000, 20_000, 50_000}
+
+// BenchmarkHook times the hook on connect(2) per call, in nanoseconds as the kernel counts them (BPF_STATS_RUN_TIME), for connects to random ones
+// of so many Services, against an empty program on the same hook of another pod. All numbers of Services are loaded side by side, each in a pod
+// of its own, since a machine's speed drifts: a block of 500 connects to one follows a block through the empty program, and
+// an operation of "slope" is such a pair of each number, in random order. It reports what each Service adds to the time above the
+// empty program, by a straight line over 100 to 50,000 Services, and the ends of that slope's 95 % interval. Then
+// "services=N" report the medians of the same blocks at N Services, so they do not run without "slope".
 func BenchmarkHook(b *testing.B) {
 	const block = 500
-	for _, services := range []int{1, 20_000, 50_000} {
-		b.Run(fmt.Sprintf("services=%d", services), func(b *testing.B) {
-			plain, translated := mustSinks(b), mustSinks(b)
-			mustAttachEmpty(b, plain.Cgroup)
-			changes, random := mustCarry(b, translated, lb.Options{}, services)
-			statistics, err := ebpf.EnableStats(unix.BPF_STATS_RUN_TIME)
-			if err != nil {
-				b.Fatal(err)
-			}
-			defer statistics.Close()
+	statistics, err := ebpf.EnableStats(unix.BPF_STATS_RUN_TIME)
+	if err != nil {
+		b.Skipf("skipped: %v", err)
+	}
+	defer statistics.Close()
+	plain := mustSinks(b)
+	mustAttachEmpty(b, plain.Cgroup)
+	empty := mustProgram(b, plain.Cgroup)
+	hooks := make([]func(*testing.B) float64, len(hookSizes)) // each times a block
+	for i, services := range hookSizes {
+		pod := mustSinks(b)
+		changes, random := mustCarry(b, pod, lb.Options{}, services)
+		program := mustProgram(b, pod.Cgroup)
+		hooks[i] = func(b *testing.B) float64 {
+			targets := randomTargets(random, changes, block)
+			return perCall(b, program, func() { pod.ConnectTimes(b, block, targets) })
+		}
+	}
 
-			empty, hook := mustProgram(b, plain.Cgroup), mustProgram(b, translated.Cgroup)
-			var added, calls []float64
-			for b.Loop() {
-				e := perCall(b, empty, func() { plain.ConnectTimes(b, block, sinks) })
-				h := perCall(b, hook, func() { translated.ConnectTimes(b, block, randomTargets(random, changes, block)) })
-				calls, added = append(calls, h), append(added, h-e)
+	// One for each -count, as all lines of a benchmark come before those of the next.
+	type run struct{ floor, mode [][]float64 } // by size, then by round
+	var runs []run
+	b.Run("slope", func(b *testing.B) {
+		r := run{make([][]float64, len(hookSizes)), make([][]float64, len(hookSizes))}
+		order := rand.New(rand.NewPCG(1, 1))
+		for b.Loop() {
+			for _, i := range order.Perm(len(hookSizes)) {
+				r.floor[i] = append(r.floor[i], perCall(b, empty, func() { plain.ConnectTimes(b, block, sinks) }))
+				r.mode[i] = append(r.mode[i], hooks[i](b))
 			}
-			b.ReportMetric(median(calls), "hook-ns/call")
-			b.ReportMetric(median(added), "above-empty-ns/call")
+		}
+		runs = append(runs, r)
+		slope, low, high := results.Slope(hookSizes[1:], r.mode[1:], r.floor[1:], 1)
+		b.ReportMetric(slope, "slope-ns/service")
+		b.ReportMetric(low, "slope-lower-ns/service")
+		b.ReportMetric(high, "slope-upper-ns/service")
+	})
+	for i, services := range hookSizes {
+		next := 0
+		b.Run(fmt.Sprintf("services=%d", services), func(b *testing.B) {
+			if next == len(runs) {
+				b.Skip("skipped: its blocks are those of Hook/slope, which was not asked for")
+			}
+			r := runs[next]
+			next++
+			for b.Loop() { // nothing is left to do
+			}
+			var above []float64
+			for round, hook := range r.mode[i] {
+				above = append(above, hook-r.floor[i][round])
+			}
+			b.ReportMetric(0, "ns/op")
+			b.ReportMetric(median(r.mode[i]), "hook-ns/call")
+			b.ReportMetric(median(above), "above-empty-ns/call")
 		})
 	}
 }

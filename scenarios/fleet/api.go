@@ -64,6 +64,16 @@ func (w *apiWriter) remove(ctx context.Context, batch [kinds][]entry, wrote func
 	return group.Wait()
 }
 
+func (w *apiWriter) update(ctx context.Context, s Service) error {
+	slices := w.client.DiscoveryV1().EndpointSlices(w.plan.Namespace)
+	slice, err := slices.Get(ctx, s.Name, metav1.GetOptions{})
+	if err == nil {
+		slice.Endpoints = newEndpoints(s)
+		_, err = slices.Update(ctx, slice, metav1.UpdateOptions{})
+	}
+	return w.done("update", kindSlice, s.Name, err, func(int) {})
+}
+
 // done counts a request or names what failed. What somebody else deleted first is deleted.
 func (w *apiWriter) done(verb string, k kind, name string, err error, wrote func(int)) error {
 	if err != nil && !(verb == "delete" && apierrors.IsNotFound(err)) {

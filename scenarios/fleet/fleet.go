@@ -54,6 +54,8 @@ type Fleet struct {
 type writer interface {
 	create(ctx context.Context, batch [kinds][]Service, wrote func(int)) error
 	remove(ctx context.Context, batch [kinds][]entry, wrote func(int)) error
+	// update gives the slice of s the backends of s.
+	update(ctx context.Context, s Service) error
 }
 
 // New makes an empty fleet. With etcd it writes into the API server's storage below prefix ("/registry") what the API server
@@ -122,6 +124,18 @@ func (f *Fleet) Backends(i int, prefixes []netip.Prefix) []netip.AddrPort {
 	plan := f.plan
 	plan.EndpointPrefixes = prefixes
 	return plan.service(i, netip.Addr{}).Backends
+}
+
+// SetEndpoints writes new endpoints, all ready, into the slice of Service i, which keeps its port, in place of those that the plan gives it or
+// that were set before. It returns when they are stored. A change of the same slice that somebody else makes meanwhile is an error. Scale
+// leaves them, and Service does not tell of them. It may be called for several Services at once, and after Close.
+func (f *Fleet) SetEndpoints(ctx context.Context, i int, addresses ...netip.Addr) error {
+	s := f.Service(i)
+	s.Backends = make([]netip.AddrPort, len(addresses))
+	for e, address := range addresses {
+		s.Backends[e] = netip.AddrPortFrom(address, uint16(f.plan.TargetPort))
+	}
+	return f.write.update(ctx, s)
 }
 
 // Close ends the watches. The Services stay in the cluster: Scale to 0 removes them.

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -351,6 +352,61 @@ func even(obj runtime.Object) {
 		o.Labels[discoveryv1.LabelServiceName] = ""
 	case *networkingv1.IPAddress:
 		o.Spec.ParentRef.Name = ""
+	}
+}
+
+// TestSetEndpoints changes a slice in both ways: watches show the change, and storage holds the same bytes after both.
+func TestSetEndpoints(t *testing.T) {
+	c := mustStart(t)
+	ctx := t.Context()
+	want := []netip.Addr{netip.MustParseAddr("198.18.7.1"), netip.MustParseAddr("198.18.7.2"), netip.MustParseAddr("198.18.7.3")}
+	var storage storageWriter // reads what either has written
+	var stored [2]runtime.Object
+	for n, etcd := range []*clientv3.Client{c.etcd, nil} {
+		plan := labPlan()
+		plan.Namespace = [2]string{"stored", "by-api"}[n]
+		f := mustNew(t, c.client, etcd, plan)
+		mustScale(t, f, 2)
+		name := f.Service(1).Name
+		before, err := c.client.DiscoveryV1().EndpointSlices(plan.Namespace).Get(ctx, name, metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		limit, cancel := context.WithTimeout(ctx, 10*time.Second)
+		defer cancel()
+		watch, err := c.client.DiscoveryV1().EndpointSlices(plan.Namespace).Watch(limit, metav1.ListOptions{ResourceVersion: before.ResourceVersion, FieldSelector: "metadata.name=" + name})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer watch.Stop()
+		if err := f.SetEndpoints(ctx, 1, want...); err != nil {
+			t.Fatal(err)
+		}
+		event, ok := <-watch.ResultChan()
+		if !ok {
+			t.Fatal("the watch has not shown the change within ten seconds")
+		}
+		slice, ok := event.Object.(*discoveryv1.EndpointSlice)
+		if !ok || event.Type != "MODIFIED" || slice.UID != before.UID || slice.Generation != before.Generation+1 {
+			t.Fatalf("of slice %s, generation %d, the watch shows %s %v", before.UID, before.Generation, event.Type, event.Object)
+		}
+		var got []netip.Addr
+		for _, e := range slice.Endpoints {
+			got = append(got, netip.MustParseAddr(e.Addresses[0]))
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("the watch shows %v, want %v", got, want)
+		}
+		if etcd != nil {
+			storage = *f.write.(*storageWriter)
+		}
+		storage.namespace = plan.Namespace
+		stored[n] = mustStored(t, &storage, kindSlice, name)
+		even(stored[n])
+		stored[n].(metav1.Object).SetNamespace("")
+	}
+	if diff := cmp.Diff(stored[1], stored[0]); diff != "" {
+		t.Errorf("-as the API server stores it +as the fleet does:\n%s", diff)
 	}
 }
 

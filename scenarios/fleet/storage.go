@@ -222,6 +222,45 @@ func (w *storageWriter) remove(ctx context.Context, batch [kinds][]entry, wrote 
 	return group.Wait()
 }
 
+// update stores what the API server would have stored of an update: the same object with other endpoints, a higher generation and a later time.
+func (w *storageWriter) update(ctx context.Context, s Service) error {
+	key := w.key(kindSlice, s.Name)
+	got, err := w.etcd.Get(ctx, key)
+	if err != nil {
+		return fmt.Errorf("read %s: %w", key, err)
+	}
+	if len(got.Kvs) != 1 {
+		return fmt.Errorf("read %s: it is not there", key)
+	}
+	obj, _, err := w.codec.Decode(got.Kvs[0].Value, nil, nil)
+	if err != nil {
+		return fmt.Errorf("decode %s: %w", key, err)
+	}
+	slice, ok := obj.(*discoveryv1.EndpointSlice)
+	if !ok {
+		return fmt.Errorf("decode %s: it is a %T", key, obj)
+	}
+	slice.Endpoints = newEndpoints(s)
+	slice.Generation++
+	now := metav1.Now().Rfc3339Copy()
+	for i := range slice.ManagedFields {
+		slice.ManagedFields[i].Time = &now
+	}
+	var value bytes.Buffer
+	if err := w.codec.Encode(slice, &value); err != nil {
+		return fmt.Errorf("encode %s: %w", key, err)
+	}
+	unchanged := clientv3.Compare(clientv3.ModRevision(key), "=", got.Kvs[0].ModRevision)
+	done, err := w.etcd.Txn(ctx).If(unchanged).Then(clientv3.OpPut(key, value.String())).Commit()
+	if err != nil {
+		return fmt.Errorf("write %s: %w", key, err)
+	}
+	if !done.Succeeded {
+		return fmt.Errorf("write %s: somebody else changed it meanwhile", key)
+	}
+	return nil
+}
+
 // longest is the length of the longest list.
 func longest[T any](batch [kinds][]T) int {
 	n := 0
