@@ -103,7 +103,9 @@ func (r row) run(t *testing.T, f *field, name string) {
 }
 
 // once tells whether asking a second time would be another question.
-func (st step) once() bool { return st.keep != "" || st.loose || st.port != 0 || st.lasting || st.network == "udp" }
+func (st step) once() bool {
+	return st.keep != "" || st.loose || st.port != 0 || st.lasting || st.network == "udp"
+}
 
 // ask asks a step's question on one node.
 func (st step) ask(t *testing.T, s *subject, number int) {
