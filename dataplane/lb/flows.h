@@ -49,16 +49,16 @@ static __always_inline int lingers(const struct flow *flow)
 // keeps tells whether a flow's backend is one of its frontend's still, or lingers there.
 //
 // Subtle: that the service word is the same does not say that the backends are. After two changes it may be the one of before.
-static __always_inline int keeps(void *services, void *backends, const volatile __u64 *seeds, int words, struct flow *flow)
+static __always_inline int keeps(void *services, void *backends, int words, struct flow *flow)
 {
-	const __u64 *entry = find(services, flow->key, words, hash_of(flow->key, seeds, words));
+	const __u64 *entry = find(services, flow->key, words, hash_of(flow->key, words));
 	if (!entry)
 		return 0;
 	__u64 service = READ_ONCE(entry[words]);
 	if (service == flow->choice.service) {
 		__u64 backend[KEY6] = {};
 
-		if (read_backend(backends, seeds, entry, words, flow->choice.index, backend) && same(backend, flow->choice.backend))
+		if (read_backend(backends, entry, words, flow->choice.index, backend) && same(backend, flow->choice.backend))
 			return 1;
 	}
 	flow->choice.service = service;

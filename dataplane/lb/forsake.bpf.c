@@ -47,8 +47,8 @@ static __always_inline int has_left(struct flows *flows, const __u64 *peer)
 		bpf_spin_unlock(&flows->lock);
 		if (!is_from(&flow, peer))
 			continue;
-		if (flow.key[1] | flow.key[2] ? keeps(&services6, &backends6, seeds6, KEY6, &flow)
-					      : keeps(&services4, &backends4, seeds4, KEY4, &flow))
+		if (flow.key[1] | flow.key[2] ? keeps(&services6, &backends6, KEY6, &flow)
+					      : keeps(&services4, &backends4, KEY4, &flow))
 			return 0;
 		was_translated = 1;
 	}

@@ -27,9 +27,6 @@ const (
 	forsakeMapServices6  = "services6"
 	forsakeMapStrangers  = "strangers"
 	forsakeProgForsake   = "forsake"
-	forsakeVarBucketMask = "bucket_mask"
-	forsakeVarSeeds4     = "seeds4"
-	forsakeVarSeeds6     = "seeds6"
 )
 
 // loadForsake returns the embedded CollectionSpec for forsake.
@@ -97,9 +94,6 @@ type forsakeMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type forsakeVariableSpecs struct {
-	BucketMask *ebpf.VariableSpec `ebpf:"bucket_mask"`
-	Seeds4     *ebpf.VariableSpec `ebpf:"seeds4"`
-	Seeds6     *ebpf.VariableSpec `ebpf:"seeds6"`
 }
 
 // forsakeObjects contains all objects after they have been loaded into the kernel.
@@ -153,9 +147,6 @@ func (m *forsakeMaps) Close() error {
 //
 // It can be passed to loadForsakeObjects or ebpf.CollectionSpec.LoadAndAssign.
 type forsakeVariables struct {
-	BucketMask *ebpf.Variable `ebpf:"bucket_mask"`
-	Seeds4     *ebpf.Variable `ebpf:"seeds4"`
-	Seeds6     *ebpf.Variable `ebpf:"seeds6"`
 }
 
 // forsakePrograms contains all programs after they have been loaded into the kernel.

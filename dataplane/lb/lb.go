@@ -202,7 +202,7 @@ func Load(options Options) (_ *Balancer, err error) {
 	if err := errors.Join(b.ipv4.table.seed(), b.ipv6.table.seed()); err != nil {
 		return nil, err
 	}
-	if err := setConstants(sockets, b.tableConstants(), map[string]any{"peer_names": b.options.PeerNames}); err != nil {
+	if err := setConstants(sockets, b.tableConstants(), map[constant]uint64{peerNamesConstant: truth(b.options.PeerNames)}); err != nil {
 		return nil, err
 	}
 	if err := sockets.LoadAndAssign(&b.objects, &ebpf.CollectionOptions{MapReplacements: replacements(sockets, maps)}); err != nil {
@@ -231,22 +231,6 @@ func Load(options Options) (_ *Balancer, err error) {
 		}
 	}
 	return b, errors.Join(b.addresses.takeOver(), b.ranges.takeOver(), b.lingering.takeOver())
-}
-
-// tableConstants are the constants by which programs find frontends.
-func (b *Balancer) tableConstants() map[string]any {
-	return map[string]any{"seeds4": b.ipv4.table.seeds, "seeds6": b.ipv6.table.seeds, "bucket_mask": uint32(len(b.ipv4.table.buckets) - 1)}
-}
-
-func setConstants(spec *ebpf.CollectionSpec, constants ...map[string]any) error {
-	for _, all := range constants {
-		for name, value := range all {
-			if err := spec.Variables[name].Set(value); err != nil {
-				return fmt.Errorf("constant of the programs: %w", err)
-			}
-		}
-	}
-	return nil
 }
 
 // replacements are those of maps that a spec has.

@@ -111,10 +111,6 @@ struct {
 	__uint(max_entries, 1 << 16);
 } addresses SEC(".maps");
 
-const volatile __u32 refuse_mark;       // on packets that nat.go's rules answer with a refusal
-const volatile __u32 discard_mark;      // on those that they drop
-const volatile __u8 knows_insiders;     // whether clients outside the cluster can be told from those inside
-
 // A packet is what its headers say.
 struct packet {
 	union address6 source, destination;
@@ -289,32 +285,32 @@ VERIFIED_ALONE int choose4(struct __sk_buff *skb, const struct packet *packet, s
 {
 	if (!packet || !flow)
 		return PASS;
-	return choose(skb, &packet->source, &services4, &backends4, seeds4, KEY4, flow);
+	return choose(skb, &packet->source, &services4, &backends4, KEY4, flow);
 }
 
 VERIFIED_ALONE int choose6(struct __sk_buff *skb, const struct packet *packet, struct flow *flow)
 {
 	if (!packet || !flow)
 		return PASS;
-	return choose(skb, &packet->source, &services6, &backends6, seeds6, KEY6, flow);
+	return choose(skb, &packet->source, &services6, &backends6, KEY6, flow);
 }
 
 // exists4 and exists6 tell whether a flow's frontend is there.
 VERIFIED_ALONE int exists4(const struct flow *flow)
 {
-	return flow && find(&services4, flow->key, KEY4, hash_of(flow->key, seeds4, KEY4)) != NULL;
+	return flow && find(&services4, flow->key, KEY4, hash_of(flow->key, KEY4)) != NULL;
 }
 
 VERIFIED_ALONE int exists6(const struct flow *flow)
 {
-	return flow && find(&services6, flow->key, KEY6, hash_of(flow->key, seeds6, KEY6)) != NULL;
+	return flow && find(&services6, flow->key, KEY6, hash_of(flow->key, KEY6)) != NULL;
 }
 
 // is_own_backend4 and is_own_backend6 tell whether a frontend is among its backends, as that of a process in the host's network may be.
-static __always_inline int is_own_backend(void *services, const volatile __u64 *seeds, int words, const struct flow *flow)
+static __always_inline int is_own_backend(void *services, int words, const struct flow *flow)
 {
 	struct flow own = *flow;
-	__u64 hash = hash_of(flow->key, seeds, words);
+	__u64 hash = hash_of(flow->key, words);
 	const __u64 *entry = find(services, flow->key, words, hash);
 	if (!entry)
 		return 0;
@@ -328,12 +324,12 @@ static __always_inline int is_own_backend(void *services, const volatile __u64 *
 
 VERIFIED_ALONE int is_own_backend4(const struct flow *flow)
 {
-	return flow && is_own_backend(&services4, seeds4, KEY4, flow);
+	return flow && is_own_backend(&services4, KEY4, flow);
 }
 
 VERIFIED_ALONE int is_own_backend6(const struct flow *flow)
 {
-	return flow && is_own_backend(&services6, seeds6, KEY6, flow);
+	return flow && is_own_backend(&services6, KEY6, flow);
 }
 
 static __always_inline enum verdict choose_for(struct __sk_buff *skb, const struct packet *packet, struct flow *flow)
@@ -533,7 +529,7 @@ static __always_inline int bind(struct __sk_buff *skb, const struct packet *pack
 // refuse has nat.go's rules answer a packet as one that came to a closed port.
 static __always_inline int refuse(struct __sk_buff *skb)
 {
-	skb->mark = refuse_mark;
+	skb->mark = REFUSE_MARK;
 	return TCX_NEXT;
 }
 
@@ -544,7 +540,7 @@ static __always_inline int unknown(struct __sk_buff *skb, const struct packet *p
 {
 	if (!is_in(&cluster_ips, &packet->destination) || (!packet->is_echo && has_entry(skb, packet, tuple, size)))
 		return TCX_NEXT;
-	skb->mark = bpf_map_lookup_elem(&addresses, &packet->destination) ? refuse_mark : discard_mark;
+	skb->mark = bpf_map_lookup_elem(&addresses, &packet->destination) ? REFUSE_MARK : DISCARD_MARK;
 	return TCX_NEXT;
 }
 
@@ -566,7 +562,7 @@ static __always_inline int forward(struct __sk_buff *skb, int from_pod)
 	if (is_known(skb, &packet, &flow, &tuple, size))
 		return TCX_NEXT;
 
-	int inside = knows_insiders && (from_pod || is_in(&insiders, &packet.source));
+	int inside = KNOWS_INSIDERS && (from_pod || is_in(&insiders, &packet.source));
 	enum verdict verdict = PASS;
 	if (!inside) {
 		set_key(&flow, &packet, OUTSIDE);
@@ -576,7 +572,7 @@ static __always_inline int forward(struct __sk_buff *skb, int from_pod)
 		set_key(&flow, &packet, INSIDE);
 		verdict = choose_for(skb, &packet, &flow);
 		// At a Service's own address those outside get one of the node, so that answers come back this way.
-		if (knows_insiders && !inside)
+		if (KNOWS_INSIDERS && !inside)
 			flow.choice.service |= MASQUERADE;
 	}
 	switch (verdict) {

@@ -16,25 +16,19 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	packetMapAddresses     = "addresses"
-	packetMapAffinities    = "affinities"
-	packetMapBackends4     = "backends4"
-	packetMapBackends6     = "backends6"
-	packetMapClusterIps    = "cluster_ips"
-	packetMapInsiders      = "insiders"
-	packetMapNamespaces    = "namespaces"
-	packetMapRanges        = "ranges"
-	packetMapServices4     = "services4"
-	packetMapServices6     = "services6"
-	packetMapStrangers     = "strangers"
-	packetProgIngress      = "ingress"
-	packetProgIngressPods  = "ingress_pods"
-	packetVarBucketMask    = "bucket_mask"
-	packetVarDiscardMark   = "discard_mark"
-	packetVarKnowsInsiders = "knows_insiders"
-	packetVarRefuseMark    = "refuse_mark"
-	packetVarSeeds4        = "seeds4"
-	packetVarSeeds6        = "seeds6"
+	packetMapAddresses    = "addresses"
+	packetMapAffinities   = "affinities"
+	packetMapBackends4    = "backends4"
+	packetMapBackends6    = "backends6"
+	packetMapClusterIps   = "cluster_ips"
+	packetMapInsiders     = "insiders"
+	packetMapNamespaces   = "namespaces"
+	packetMapRanges       = "ranges"
+	packetMapServices4    = "services4"
+	packetMapServices6    = "services6"
+	packetMapStrangers    = "strangers"
+	packetProgIngress     = "ingress"
+	packetProgIngressPods = "ingress_pods"
 )
 
 // loadPacket returns the embedded CollectionSpec for packet.
@@ -104,12 +98,6 @@ type packetMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type packetVariableSpecs struct {
-	BucketMask    *ebpf.VariableSpec `ebpf:"bucket_mask"`
-	DiscardMark   *ebpf.VariableSpec `ebpf:"discard_mark"`
-	KnowsInsiders *ebpf.VariableSpec `ebpf:"knows_insiders"`
-	RefuseMark    *ebpf.VariableSpec `ebpf:"refuse_mark"`
-	Seeds4        *ebpf.VariableSpec `ebpf:"seeds4"`
-	Seeds6        *ebpf.VariableSpec `ebpf:"seeds6"`
 }
 
 // packetObjects contains all objects after they have been loaded into the kernel.
@@ -165,12 +153,6 @@ func (m *packetMaps) Close() error {
 //
 // It can be passed to loadPacketObjects or ebpf.CollectionSpec.LoadAndAssign.
 type packetVariables struct {
-	BucketMask    *ebpf.Variable `ebpf:"bucket_mask"`
-	DiscardMark   *ebpf.Variable `ebpf:"discard_mark"`
-	KnowsInsiders *ebpf.Variable `ebpf:"knows_insiders"`
-	RefuseMark    *ebpf.Variable `ebpf:"refuse_mark"`
-	Seeds4        *ebpf.Variable `ebpf:"seeds4"`
-	Seeds6        *ebpf.Variable `ebpf:"seeds6"`
 }
 
 // packetPrograms contains all programs after they have been loaded into the kernel.

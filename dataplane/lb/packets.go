@@ -27,8 +27,8 @@ type PacketOptions struct {
 
 // loadPackets loads the programs for devices.
 func (b *Balancer) loadPackets(spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map) error {
-	if err := setConstants(spec, b.tableConstants(), map[string]any{"refuse_mark": uint32(refuseMark), "discard_mark": uint32(discardMark),
-		"knows_insiders": b.options.Packets.KnowsInsiders}); err != nil {
+	if err := setConstants(spec, b.tableConstants(), map[constant]uint64{refuseMarkConstant: refuseMark, discardMarkConstant: discardMark,
+		knowsInsidersConstant: truth(b.options.Packets.KnowsInsiders)}); err != nil {
 		return err
 	}
 	if err := spec.LoadAndAssign(&b.packets, &ebpf.CollectionOptions{MapReplacements: replacements(spec, maps)}); err != nil {

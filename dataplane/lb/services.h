@@ -157,9 +157,26 @@ struct {
 	__uint(max_entries, 1 << 16);
 } ranges SEC(".maps");
 
-// Set before the programs are loaded, and then constants to the verifier. The seeds are odd.
-const volatile __u64 seeds4[KEY4], seeds6[KEY6];
-const volatile __u32 bucket_mask; // buckets - 1
+// These numbers stand for what is only known when the programs are loaded, and is then put in their place (constants.go). The seeds are
+// odd, and BUCKET_MASK is one less than there are buckets.
+//
+// Note: constants of .rodata were the first plan. They are in a page of their own, which costs each look-up a walk of page tables where
+// system calls empty the TLB.
+#define CONSTANT(number)                                 \
+	({                                               \
+		__u64 constant;                          \
+		asm("%0 = " #number " ll" : "=r"(constant)); \
+		constant;                                \
+	})
+#define SEED4 CONSTANT(0x706c696d736f6c01)
+#define SEED6_0 CONSTANT(0x706c696d736f6c02)
+#define SEED6_1 CONSTANT(0x706c696d736f6c03)
+#define SEED6_2 CONSTANT(0x706c696d736f6c04)
+#define BUCKET_MASK CONSTANT(0x706c696d736f6c05)
+#define PEER_NAMES CONSTANT(0x706c696d736f6c06)	    // whether getpeername(2) of a TCP socket names the Service
+#define REFUSE_MARK CONSTANT(0x706c696d736f6c07)    // on packets that nat.go's rules answer with a refusal
+#define DISCARD_MARK CONSTANT(0x706c696d736f6c08)   // on those that they drop
+#define KNOWS_INSIDERS CONSTANT(0x706c696d736f6c09) // whether clients outside the cluster can be told from those inside
 
 // Subtle: words that another processor may be writing are read once.
 #define READ_ONCE(word) (*(const volatile __u64 *)&(word))
@@ -167,13 +184,10 @@ const volatile __u32 bucket_mask; // buckets - 1
 // hash_of is a multilinear hash with secret multipliers, so that nobody can choose Services that meet in one bucket
 // (Dietzfelbinger et al., "A reliable randomized algorithm for the closest-pair problem", 1997), and what MurmurHash3
 // finishes with, which spreads neighbouring addresses.
-static __always_inline __u64 hash_of(const __u64 *key, const volatile __u64 *seeds, int words)
+static __always_inline __u64 hash_of(const __u64 *key, int words)
 {
-	__u64 hash = 0;
+	__u64 hash = words == KEY4 ? key[0] * SEED4 : key[0] * SEED6_0 + key[1] * SEED6_1 + key[2] * SEED6_2;
 
-#pragma unroll
-	for (int i = 0; i < words; i++)
-		hash += key[i] * seeds[i];
 	hash = (hash ^ hash >> 33) * 0xff51afd7ed558ccdULL;
 	return (hash ^ hash >> 33) * 0xc4ceb9fe1a85ec53ULL;
 }
@@ -199,7 +213,7 @@ static __always_inline int same(const __u64 *a, const __u64 *b)
 // find gives the entry of a frontend, or NULL.
 static __always_inline const __u64 *find(void *services, const __u64 *key, int words, __u64 hash)
 {
-	__u32 index = (hash >> 40) & bucket_mask;
+	__u32 index = (hash >> 40) & BUCKET_MASK;
 	const struct bucket *bucket = bpf_map_lookup_elem(services, &index);
 	if (!bucket)
 		return NULL;
@@ -235,7 +249,7 @@ enum verdict {
 
 // read_backend gives a backend of the entry of a frontend or of the backends map: one word of it for IPv4, three for IPv6. It
 // returns false for what does not exist, or was met while it was written.
-static __always_inline int read_backend(void *backends, const volatile __u64 *seeds, const __u64 *entry, int words, __u32 index,
+static __always_inline int read_backend(void *backends, const __u64 *entry, int words, __u32 index,
 					__u64 *backend)
 {
 	if (words == KEY4 && index < ENTRY_WORDS) {
@@ -251,7 +265,7 @@ static __always_inline int read_backend(void *backends, const volatile __u64 *se
 	backend[1] = READ_ONCE(slot[1]);
 	backend[2] = READ_ONCE(slot[2]);
 	// Subtle: words of two backends, if the slot is being written.
-	return READ_ONCE(slot[3]) == hash_of(backend, seeds, KEY6);
+	return READ_ONCE(slot[3]) == hash_of(backend, KEY6);
 }
 
 // A search is for the backend of a flow among those of its frontend.
@@ -263,12 +277,12 @@ struct search {
 };
 
 // look is a step of a search, and ends it when it returns 1.
-static __always_inline long look(void *backends, const volatile __u64 *seeds, int words, __u32 step, struct search *search)
+static __always_inline long look(void *backends, int words, __u32 step, struct search *search)
 {
 	__u64 backend[KEY6] = {};
 
 	// The owner is in the first word.
-	if (!read_backend(backends, seeds, search->entry, words, search->base + step, backend) ||
+	if (!read_backend(backends, search->entry, words, search->base + step, backend) ||
 	    !same(backend, search->flow->choice.backend))
 		return 0;
 	search->flow->choice.index = search->base + step;
@@ -278,12 +292,12 @@ static __always_inline long look(void *backends, const volatile __u64 *seeds, in
 
 static long look4(__u32 step, void *search)
 {
-	return look(&backends4, seeds4, KEY4, step, search);
+	return look(&backends4, KEY4, step, search);
 }
 
 static long look6(__u32 step, void *search)
 {
-	return look(&backends6, seeds6, KEY6, step, search);
+	return look(&backends6, KEY6, step, search);
 }
 
 // has tells whether a flow's backend is one of those that a service word leads to.
@@ -362,10 +376,10 @@ static __always_inline const union address6 *source_of(void *ctx, int words)
 #define ROUNDS 4
 
 // choose gives a flow's frontend a backend. At the socket there is no address.
-static __always_inline enum verdict choose(void *ctx, const union address6 *address, void *services, void *backends,
-					   const volatile __u64 *seeds, int words, struct flow *flow)
+static __always_inline enum verdict choose(void *ctx, const union address6 *address, void *services, void *backends, int words,
+					   struct flow *flow)
 {
-	__u64 hash = hash_of(flow->key, seeds, words);
+	__u64 hash = hash_of(flow->key, words);
 	__u16 owner = owner_of(hash);
 
 	for (int round = 0; round < ROUNDS; round++) {
@@ -421,7 +435,7 @@ static __always_inline enum verdict choose(void *ctx, const union address6 *addr
 		__u32 index = base_of(service);
 		if (count > 1)
 			index += ((__u64)bpf_get_prandom_u32() * count) >> 32;
-		if (!read_backend(backends, seeds, entry, words, index, flow->choice.backend))
+		if (!read_backend(backends, entry, words, index, flow->choice.backend))
 			continue;
 		// Subtle: a place that was given to another frontend since the service was read shows by its owner too, and
 		// one that lost its backend holds zero.

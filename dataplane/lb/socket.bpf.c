@@ -15,8 +15,6 @@ struct {
 	__type(value, struct flow);
 } streams SEC(".maps");
 
-const volatile __u8 peer_names; // whether getpeername(2) of a TCP socket names the Service
-
 // recall gives a flow the choice that was made for its key before, or returns false.
 static __always_inline int recall(struct flows *flows, struct flow *flow)
 {
@@ -53,8 +51,8 @@ static __always_inline void remember(struct flows *flows, const struct flow *flo
 }
 
 // translate finds a backend for what a socket connects or sends to. A flow of a UDP socket keeps the one that it had.
-static __always_inline enum verdict translate(struct bpf_sock_addr *ctx, void *services, void *backends,
-					      const volatile __u64 *seeds, int words, struct flow *flow)
+static __always_inline enum verdict translate(struct bpf_sock_addr *ctx, void *services, void *backends, int words,
+					      struct flow *flow)
 {
 	struct flows *flows = NULL;
 	int is_udp = ctx->protocol == IPPROTO_UDP;
@@ -62,14 +60,14 @@ static __always_inline enum verdict translate(struct bpf_sock_addr *ctx, void *s
 	if (is_udp && (flows = bpf_sk_storage_get(&datagrams, ctx->sk, NULL, 0)) && recall(flows, flow)) {
 		__u64 service = flow->choice.service, index = flow->choice.index;
 
-		if (keeps(services, backends, seeds, words, flow)) {
+		if (keeps(services, backends, words, flow)) {
 			if (flow->choice.service != service || flow->choice.index != index)
 				remember(flows, flow);
 			return TRANSLATE;
 		}
 	}
 
-	enum verdict verdict = choose(ctx, NULL, services, backends, seeds, words, flow);
+	enum verdict verdict = choose(ctx, NULL, services, backends, words, flow);
 	if (verdict != TRANSLATE)
 		return verdict;
 
@@ -82,7 +80,7 @@ static __always_inline enum verdict translate(struct bpf_sock_addr *ctx, void *s
 			flows = bpf_sk_storage_get(&datagrams, ctx->sk, NULL, 0);
 		if (flows)
 			remember(flows, flow);
-	} else if (peer_names) {
+	} else if (PEER_NAMES) {
 		struct flow *stream = bpf_sk_storage_get(&streams, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 
 		if (stream)
@@ -106,7 +104,7 @@ static __always_inline __u64 frontend_word(__be32 address, struct bpf_sock_addr 
 static __always_inline enum verdict translate4(struct bpf_sock_addr *ctx, __be32 address, struct flow *flow)
 {
 	flow->key[0] = frontend_word(address, ctx);
-	return translate(ctx, &services4, &backends4, seeds4, KEY4, flow);
+	return translate(ctx, &services4, &backends4, KEY4, flow);
 }
 
 // answer gives what a hook returns.
@@ -162,7 +160,7 @@ static __always_inline int forward6(struct bpf_sock_addr *ctx)
 		flow.key[0] = frontend_word(0, ctx);
 		flow.key[1] = address.words[0];
 		flow.key[2] = address.words[1];
-		verdict = translate(ctx, &services6, &backends6, seeds6, KEY6, &flow);
+		verdict = translate(ctx, &services6, &backends6, KEY6, &flow);
 		if (verdict == TRANSLATE) {
 			address.words[0] = flow.choice.backend[1];
 			address.words[1] = flow.choice.backend[2];

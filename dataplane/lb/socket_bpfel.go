@@ -35,10 +35,6 @@ const (
 	socketProgRecvmsg6     = "recvmsg6"
 	socketProgSendmsg4     = "sendmsg4"
 	socketProgSendmsg6     = "sendmsg6"
-	socketVarBucketMask    = "bucket_mask"
-	socketVarPeerNames     = "peer_names"
-	socketVarSeeds4        = "seeds4"
-	socketVarSeeds6        = "seeds6"
 )
 
 // loadSocket returns the embedded CollectionSpec for socket.
@@ -114,10 +110,6 @@ type socketMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type socketVariableSpecs struct {
-	BucketMask *ebpf.VariableSpec `ebpf:"bucket_mask"`
-	PeerNames  *ebpf.VariableSpec `ebpf:"peer_names"`
-	Seeds4     *ebpf.VariableSpec `ebpf:"seeds4"`
-	Seeds6     *ebpf.VariableSpec `ebpf:"seeds6"`
 }
 
 // socketObjects contains all objects after they have been loaded into the kernel.
@@ -173,10 +165,6 @@ func (m *socketMaps) Close() error {
 //
 // It can be passed to loadSocketObjects or ebpf.CollectionSpec.LoadAndAssign.
 type socketVariables struct {
-	BucketMask *ebpf.Variable `ebpf:"bucket_mask"`
-	PeerNames  *ebpf.Variable `ebpf:"peer_names"`
-	Seeds4     *ebpf.Variable `ebpf:"seeds4"`
-	Seeds6     *ebpf.Variable `ebpf:"seeds6"`
 }
 
 // socketPrograms contains all programs after they have been loaded into the kernel.
