@@ -572,7 +572,14 @@ static __always_inline int unknown(struct __sk_buff *skb, const struct packet *p
 	return TCX_NEXT;
 }
 
-static __always_inline int forward(struct __sk_buff *skb, int from_pod)
+// An origin says who sends what arrives at a device.
+enum origin {
+	ANYBODY, // it goes by the source address
+	PODS,
+	NODE, // the node's own processes
+};
+
+static __always_inline int forward(struct __sk_buff *skb, enum origin origin)
 {
 	struct packet packet = {};
 	struct flow flow = {};
@@ -590,7 +597,7 @@ static __always_inline int forward(struct __sk_buff *skb, int from_pod)
 	if (is_known(skb, &packet, &flow, &tuple, size))
 		return TCX_NEXT;
 
-	int inside = knows_insiders && (from_pod || is_in(&insiders, &packet.source));
+	int inside = origin == NODE || (knows_insiders && (origin == PODS || is_in(&insiders, &packet.source)));
 	enum verdict verdict = PASS;
 	if (!inside) {
 		set_key(&flow, &packet, OUTSIDE);
@@ -600,7 +607,8 @@ static __always_inline int forward(struct __sk_buff *skb, int from_pod)
 		set_key(&flow, &packet, INSIDE);
 		verdict = choose_for(skb, &packet, &flow);
 		// At a Service's own address those outside get one of the node, so that answers come back this way.
-		if (knows_insiders && !inside)
+		// The node's own source address is for the way that it chose, which is not the backend's.
+		if (origin == NODE || (knows_insiders && !inside))
 			flow.choice.service |= MASQUERADE;
 	}
 	switch (verdict) {
@@ -620,13 +628,20 @@ static __always_inline int forward(struct __sk_buff *skb, int from_pod)
 SEC("tcx/ingress")
 int ingress(struct __sk_buff *skb)
 {
-	return forward(skb, 0);
+	return forward(skb, ANYBODY);
 }
 
 SEC("tcx/ingress")
 int ingress_pods(struct __sk_buff *skb)
 {
-	return forward(skb, 1);
+	return forward(skb, PODS);
+}
+
+// What the node's own processes send arrives by loop.go's devices.
+SEC("tcx/ingress")
+int ingress_node(struct __sk_buff *skb)
+{
+	return forward(skb, NODE);
 }
 
 char __license[] SEC("license") = "Dual BSD/GPL";

@@ -26,6 +26,7 @@ const (
 	packetMapServices4     = "services4"
 	packetMapServices6     = "services6"
 	packetProgIngress      = "ingress"
+	packetProgIngressNode  = "ingress_node"
 	packetProgIngressPods  = "ingress_pods"
 	packetVarBucketMask    = "bucket_mask"
 	packetVarDiscardMark   = "discard_mark"
@@ -78,6 +79,7 @@ type packetSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type packetProgramSpecs struct {
 	Ingress     *ebpf.ProgramSpec `ebpf:"ingress"`
+	IngressNode *ebpf.ProgramSpec `ebpf:"ingress_node"`
 	IngressPods *ebpf.ProgramSpec `ebpf:"ingress_pods"`
 }
 
@@ -170,12 +172,14 @@ type packetVariables struct {
 // It can be passed to loadPacketObjects or ebpf.CollectionSpec.LoadAndAssign.
 type packetPrograms struct {
 	Ingress     *ebpf.Program `ebpf:"ingress"`
+	IngressNode *ebpf.Program `ebpf:"ingress_node"`
 	IngressPods *ebpf.Program `ebpf:"ingress_pods"`
 }
 
 func (p *packetPrograms) Close() error {
 	return _PacketClose(
 		p.Ingress,
+		p.IngressNode,
 		p.IngressPods,
 	)
 }

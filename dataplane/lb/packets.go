@@ -200,7 +200,7 @@ func (b *Balancer) SetClusterIPs(prefixes []netip.Prefix) error {
 	if err := setPrefixes(b.clusterIPs, prefixes); err != nil {
 		return fmt.Errorf("addresses of Services: %w", err)
 	}
-	return nil
+	return b.chainClusterIPs(prefixes)
 }
 
 // InNetNS calls f on a thread in the network namespace of that file, or on the calling one if there is none.
