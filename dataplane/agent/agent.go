@@ -137,7 +137,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		}
 	}
 	if len(cfg.Devices) == 0 {
-		if err := balancer.KeepDevices(); err != nil {
+		if err := errors.Join(balancer.ReleaseLoop(cfg.NetNS), balancer.KeepDevices()); err != nil {
 			return err
 		}
 	}

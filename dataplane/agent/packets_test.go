@@ -4,10 +4,12 @@ package agent_test
 
 import (
 	"maps"
+	"net"
 	"net/netip"
 	"slices"
 	"testing"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 	networking "k8s.io/api/networking/v1"
@@ -37,6 +39,14 @@ type packetRig struct {
 // startPacketRig runs an agent over objects until the test ends.
 func startPacketRig(t *testing.T, objects ...runtime.Object) *packetRig {
 	t.Helper()
+	r := newPacketRig(t, objects...)
+	r.run(r.config())
+	return r
+}
+
+// newPacketRig is one without an agent yet.
+func newPacketRig(t *testing.T, objects ...runtime.Object) *packetRig {
+	t.Helper()
 	cidr := &networking.ServiceCIDR{ObjectMeta: metav1.ObjectMeta{Name: "kubernetes"}, Spec: networking.ServiceCIDRSpec{CIDRs: []string{"10.96.0.0/16"}}}
 	r := &packetRig{rig: newRig(t, append(objects, cidr)...), node: lbtest.StartNode(t, nodeAddress)}
 	r.pod = r.node.AddPod(t, "pod-client", clientIP)
@@ -45,11 +55,29 @@ func startPacketRig(t *testing.T, objects ...runtime.Object) *packetRig {
 		r.here.Listen(t, network, hereWeb)
 		r.there.Listen(t, network, thereWeb)
 	}
-	r.run(agent.Config{
+	return r
+}
+
+// config is that of its agent.
+func (r *packetRig) config() agent.Config {
+	return agent.Config{
 		Devices: []string{"*"}, NetNS: r.node.NetNS(),
 		Local: agent.Local{Mode: agent.ClusterCIDR, CIDRs: []netip.Prefix{netip.MustParsePrefix(podCIDR)}},
+	}
+}
+
+// itself is a rig whose connects come from the node, which gets a way out, by which it chooses its address.
+func (r *packetRig) itself() *rig {
+	r.Helper()
+	r.node.Enter(r.T, func() error {
+		out, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		everywhere := &net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}
+		return netlink.RouteAdd(&netlink.Route{LinkIndex: out.Attrs().Index, Dst: everywhere, Scope: netlink.SCOPE_LINK})
 	})
-	return r
+	return r.from(r.node.Pod)
 }
 
 // from is a rig whose connects come from another pod.
@@ -179,11 +207,66 @@ func TestPacketsReachServices(t *testing.T) {
 // An association of SCTP begins with an endpoint, whose port is another, and is refused without.
 func TestPacketsOverSCTP(t *testing.T) {
 	r := startPacketRig(t, service(nil, port("sig", v1.ProtocolSCTP, 80)), slice("web-1", "sig", v1.ProtocolSCTP, endpoint(hereIP, thisNode), endpoint(thereIP, otherNode)))
-	r.wants("sctp", http80, hereWeb, thereWeb)
+	clients := []*rig{r.rig, r.itself()}
+	for _, from := range clients {
+		from.wants("sctp", http80, hereWeb, thereWeb)
+	}
 	r.updateSlice(slice("web-1", "sig", v1.ProtocolSCTP, endpoint(thereIP, otherNode)))
-	r.wants("sctp", http80, thereWeb)
+	for _, from := range clients {
+		from.wants("sctp", http80, thereWeb)
+	}
 	r.updateSlice(slice("web-1", "sig", v1.ProtocolSCTP))
-	r.wantsError("sctp", http80, unix.ECONNREFUSED)
+	for _, from := range clients {
+		from.wantsError("sctp", http80, unix.ECONNREFUSED)
+	}
+}
+
+// The node's own processes reach Services while an agent is away, by the next one, and after somebody took the way from them. Where no
+// packets are looked at any more, it is gone.
+func TestPacketsOfTheNode(t *testing.T) {
+	r := newPacketRig(t, exposed(nil), slice("web-1", "http", v1.ProtocolTCP, endpoint(hereIP, thisNode), endpoint(thereIP, otherNode)))
+	node, cfg := r.itself(), r.config()
+	cfg.LB.PinDir = lbtest.MountBPF(t)
+	addresses := []string{http80, externalIP + ":80", ingressIP + ":80"}
+	served := func() {
+		t.Helper()
+		for _, address := range addresses {
+			node.wants("tcp", address, hereWeb, thereWeb)
+			seen(t, r.node.Pod, address, nodeAddress)
+		}
+	}
+	// loop is the index of the device by which it goes, or 0.
+	loop := func() (index int) {
+		r.node.Enter(t, func() error {
+			if in, err := netlink.LinkByName("plimsoll1"); err == nil {
+				index = in.Attrs().Index
+			}
+			return nil
+		})
+		return index
+	}
+	end := r.run(cfg)
+	served()
+	end()
+	served()
+	before := loop()
+	end = r.run(cfg)
+	served()
+	if after := loop(); after != before || after == 0 {
+		t.Errorf("want the next agent to go on with device %d, got %d", before, after)
+	}
+	r.node.Enter(t, func() error {
+		out, err := netlink.LinkByName("plimsoll0")
+		if err != nil {
+			return err
+		}
+		return netlink.LinkDel(out)
+	})
+	served()
+	end()
+	cfg.Devices, cfg.Cgroup = nil, lbtest.NewCgroup(t)
+	r.run(cfg)
+	r.eventually(func() bool { return loop() == 0 }, func() string { return "the loop is left where no packets are looked at" })
 }
 
 // A flow of UDP goes to another endpoint when its own is gone.

@@ -71,7 +71,12 @@ func (b *Balancer) keepLoop() error {
 		}
 		if gone := b.devices[b.loop.index]; gone != nil && b.loop.index != index {
 			delete(b.devices, b.loop.index)
-			gone.Close() // what it was attached to is gone
+			if b.options.PinDir != "" {
+				err = gone.Unpin()
+			}
+			if err := errors.Join(err, gone.Close()); err != nil {
+				return fmt.Errorf("forget the former %s: %w", loopIn, err)
+			}
 		}
 		if b.devices[index] == nil {
 			if b.devices[index], err = b.attachDevice(index, b.packets.IngressNode); err != nil {
@@ -192,6 +197,33 @@ func RemoveLoop(netNS string) error {
 		}
 		return errors.Join(errs...)
 	}))
+}
+
+// ReleaseLoop removes the loop that a former Balancer with the same PinDir left in a network namespace. Without a PinDir there is none.
+func (b *Balancer) ReleaseLoop(netNS string) error {
+	if b.options.PinDir == "" {
+		return nil
+	}
+	index := 0
+	err := InNetNS(netNS, func() error {
+		in, err := netlink.LinkByName(loopIn)
+		if _, none := err.(netlink.LinkNotFoundError); none {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		index = in.Attrs().Index
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("look for %s: %w", loopIn, err)
+	}
+	if _, err := os.Stat(b.devicePin(index)); errors.Is(err, os.ErrNotExist) {
+		return nil // there is none, or it is another one's
+	} else if err != nil {
+		return fmt.Errorf("look for pinned links: %w", err)
+	}
+	return RemoveLoop(netNS)
 }
 
 // loopSet has the frontends that are known one by one: address, protocol and port, each in words of four bytes.

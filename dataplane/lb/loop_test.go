@@ -93,5 +93,35 @@ func TestPacketsOfTheNode(t *testing.T) {
 				wantSilence(t, l.node.Pod, "tcp", address)
 			}
 		})
+		t.Run("after somebody flushed all rules", func(t *testing.T) {
+			if err := lb.RemoveNAT(l.node.NetNS()); err != nil {
+				t.Fatal(err)
+			}
+			mustSync(t, l.Balancer, to(tcp(l.at.external), first), to(outside(tcp(l.at.external)), second))
+			if err := errors.Join(l.KeepNAT(), l.KeepLoop()); err != nil {
+				t.Fatal(err)
+			}
+			wantAnswers(t, l.node.Connect(t, "tcp", l.at.external, 5), 5, first)
+		})
+		t.Run("nothing is left", func(t *testing.T) {
+			if err := lb.Cleanup("", l.node.NetNS()); err != nil {
+				t.Fatal(err)
+			}
+			l.node.Enter(t, func() error {
+				links, err := netlink.LinkList()
+				for _, link := range links {
+					if lb.IsLoop(link.Attrs().Name) {
+						t.Errorf("%s is left", link.Attrs().Name)
+					}
+				}
+				rules, failed := netlink.RuleList(netlink.FAMILY_ALL)
+				for _, rule := range rules {
+					if rule.Mark != 0 {
+						t.Errorf("%v is left", rule)
+					}
+				}
+				return errors.Join(err, failed)
+			})
+		})
 	})
 }
