@@ -66,9 +66,11 @@ func (r *packetRig) config() agent.Config {
 	}
 }
 
-// itself is a rig whose connects come from the node, which gets a way out, by which it chooses its address.
+// itself is a rig whose connects come from the node, once its agent carries all of a Service at clusterIP: it gets a way out, by which it
+// chooses its address, and where nobody answers.
 func (r *packetRig) itself() *rig {
 	r.Helper()
+	r.wantsError("tcp", clusterIP+":81", unix.ECONNREFUSED)
 	r.node.Enter(r.T, func() error {
 		out, err := netlink.LinkByName("eth0")
 		if err != nil {
@@ -225,12 +227,13 @@ func TestPacketsOverSCTP(t *testing.T) {
 // packets are looked at any more, it is gone.
 func TestPacketsOfTheNode(t *testing.T) {
 	r := newPacketRig(t, exposed(nil), slice("web-1", "http", v1.ProtocolTCP, endpoint(hereIP, thisNode), endpoint(thereIP, otherNode)))
-	node, cfg := r.itself(), r.config()
+	cfg := r.config()
 	cfg.LB.PinDir = lbtest.MountBPF(t)
-	addresses := []string{http80, externalIP + ":80", ingressIP + ":80"}
+	end := r.run(cfg)
+	node := r.itself()
 	served := func() {
 		t.Helper()
-		for _, address := range addresses {
+		for _, address := range append([]string{http80}, externals...) {
 			node.wants("tcp", address, hereWeb, thereWeb)
 			seen(t, r.node.Pod, address, nodeAddress)
 		}
@@ -245,7 +248,6 @@ func TestPacketsOfTheNode(t *testing.T) {
 		})
 		return index
 	}
-	end := r.run(cfg)
 	served()
 	end()
 	served()
@@ -262,6 +264,7 @@ func TestPacketsOfTheNode(t *testing.T) {
 		}
 		return netlink.LinkDel(out)
 	})
+	r.eventually(func() bool { return loop() > before }, func() string { return "the loop is not made anew" })
 	served()
 	end()
 	cfg.Devices, cfg.Cgroup = nil, lbtest.NewCgroup(t)

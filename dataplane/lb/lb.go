@@ -450,13 +450,16 @@ func (b *Balancer) Close() error {
 		errs = append(errs, l.Close())
 	}
 	clear(b.devices)
+	if b.loop.loopback != nil {
+		errs = append(errs, b.loop.loopback.Close())
+	}
 	if b.loop.index != 0 && b.options.PinDir == "" {
 		// Without a program the loop leads nowhere. It went with the namespace if that is gone.
 		if err := RemoveLoop(b.options.Packets.NetNS); !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, err)
 		}
-		b.loop = loop{}
 	}
+	b.loop = loop{}
 	for _, f := range b.families() {
 		errs = append(errs, f.close())
 	}

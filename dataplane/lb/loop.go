@@ -11,8 +11,11 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
@@ -36,18 +39,19 @@ const (
 // IsLoop tells whether a device is KeepLoop's by its name.
 func IsLoop(device string) bool { return device == loopOut || device == loopIn }
 
-// loopMAC is that of both devices: without ARP a device sends to its own.
+// loopMAC is that of both devices: without ARP a device sends to its own. packet.bpf.c has it, too.
 var loopMAC = net.HardwareAddr{2, 'p', 'l', 'i', 'm', 's'}
 
 // A loop is what a Balancer knows of it. The zero value is none.
 type loop struct {
 	index     int               // of the device where packets arrive; 0: there is no loop
+	loopback  link.Link         // nil: none
 	chained   bool              // whether natTable has its chains
 	frontends map[Frontend]bool // those of scope Outside that the chains know
 }
 
 // KeepLoop has what the node's own processes send to Services seen by the packet programs, too: to the prefixes of SetClusterIPs, and to
-// frontends of scope Outside that are not at the node's own addresses. It does nothing where all of this is, brings back what somebody
+// frontends of scope Outside. It does nothing where all of this is, brings back what somebody
 // removed, and takes over what a former Balancer left. KeepNAT comes first. RemoveLoop takes it away, and Close does without a PinDir.
 func (b *Balancer) KeepLoop() error {
 	b.mu.Lock()
@@ -78,19 +82,40 @@ func (b *Balancer) keepLoop() error {
 				return fmt.Errorf("forget the former %s: %w", loopIn, err)
 			}
 		}
+		if err := b.packets.LoopDevice.Set(uint32(index)); err != nil {
+			return fmt.Errorf("have packets go to %s: %w", loopIn, err)
+		}
 		if b.devices[index] == nil {
-			if b.devices[index], err = b.attachDevice(index, b.packets.IngressNode); err != nil {
-				delete(b.devices, index)
+			l, err := b.attachDevice(index, b.packets.IngressNode, ebpf.AttachTCXIngress)
+			if err != nil {
 				return fmt.Errorf("attach to %s: %w", loopIn, err)
 			}
+			b.devices[index] = l
 		}
 		b.loop.index = index
+		if b.loop.loopback == nil {
+			if b.loop.loopback, err = b.attachLoopback(); err != nil {
+				return fmt.Errorf("attach to loopback: %w", err)
+			}
+		}
 		if b.loop.chained {
 			return nil
 		}
 		return b.chainLoop()
 	})
 }
+
+// attachLoopback has what is sent to addresses of the node itself go by the loop, too, if it is marked.
+func (b *Balancer) attachLoopback() (link.Link, error) {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return nil, err
+	}
+	return b.attachDevice(lo.Attrs().Index, b.packets.EgressLoopback, ebpf.AttachTCXEgress)
+}
+
+// egressPin is where attachLoopback's link is pinned.
+func (b *Balancer) egressPin() string { return filepath.Join(b.pinDir(), "egress-loopback") }
 
 // makeLoop makes what is not there of the loop's devices and routes, and returns the index of the one where packets arrive.
 func makeLoop() (int, error) {
@@ -223,7 +248,11 @@ func (b *Balancer) ReleaseLoop(netNS string) error {
 	} else if err != nil {
 		return fmt.Errorf("look for pinned links: %w", err)
 	}
-	return RemoveLoop(netNS)
+	err = RemoveLoop(netNS)
+	if gone := os.Remove(b.egressPin()); !errors.Is(gone, os.ErrNotExist) {
+		err = errors.Join(err, gone)
+	}
+	return err
 }
 
 // loopSet has the frontends that are known one by one: address, protocol and port, each in words of four bytes.
@@ -324,11 +353,6 @@ func addDeparture(nft *nftables.Conn, prefixes []netip.Prefix) {
 		nft.AddRule(&nftables.Rule{Table: natTable(), Chain: chain, Exprs: slices.Concat(rules...)})
 	}
 	depart := append(setMark(loopMark), &expr.Notrack{})
-	// What is to an address of the node stays, whatever its mark.
-	add(isDevice(expr.MetaKeyOIFNAME, "lo"), []expr.Any{&expr.Verdict{Kind: expr.VerdictReturn}})
-	for _, p := range prefixes {
-		add(isTo(p), depart)
-	}
 	for _, words := range []int{keyWords4, keyWords6} {
 		version, length, after := isVersion(unix.NFPROTO_IPV4), uint32(4), uint32(registerAfterIPv4)
 		offset := uint32(16)
@@ -341,6 +365,11 @@ func addDeparture(nft *nftables.Conn, prefixes []netip.Prefix) {
 			&expr.Payload{DestRegister: after + 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
 			&expr.Lookup{SourceRegister: register, SetName: loopSet(words).Name},
 		}, depart)
+	}
+	// Whoever has a ClusterIP for an address of the node is there for its processes, as a cache of names is.
+	add(isDevice(expr.MetaKeyOIFNAME, "lo"), []expr.Any{&expr.Verdict{Kind: expr.VerdictReturn}})
+	for _, p := range prefixes {
+		add(isTo(p), depart)
 	}
 }
 

@@ -78,6 +78,16 @@ func TestPacketsOfTheNode(t *testing.T) {
 					wantAnswers(t, ask(l.at.external, 10), 10, first)
 					mustSync(t, l.Balancer, lb.Change{Frontend: external, Withdraw: true}, lb.Change{Frontend: outside(external), Withdraw: true})
 				})
+				t.Run("an address of the node", func(t *testing.T) {
+					nodePort := of(net.JoinHostPort(l.at.node, "30080"))
+					mustSync(t, l.Balancer, to(nodePort, first), to(outside(nodePort), second))
+					got := ask(nodePort.Address.String(), 10)
+					wantAnswers(t, got, 10, first)
+					wantClient(t, got, l.at.node)
+					mustSync(t, l.Balancer, to(nodePort, own), to(outside(nodePort), second))
+					wantAnswers(t, ask(nodePort.Address.String(), 10), 10, own)
+					mustSync(t, l.Balancer, lb.Change{Frontend: nodePort, Withdraw: true}, lb.Change{Frontend: outside(nodePort), Withdraw: true})
+				})
 				t.Run("refused without backends, and at no port of a Service", func(t *testing.T) {
 					mustSync(t, l.Balancer, to(frontend))
 					wantErrors(t, ask(l.at.vip, 1), 1, unix.ECONNREFUSED)

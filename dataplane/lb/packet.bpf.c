@@ -129,7 +129,11 @@ struct {
 
 const volatile __u32 refuse_mark;       // on packets that nat.go's rules answer with a refusal
 const volatile __u32 discard_mark;      // on those that they drop
+const volatile __u32 loop_mark;	 // on those that go to the loop
 const volatile __u8 knows_insiders;     // whether clients outside the cluster can be told from those inside
+
+__u32 loop_device;		 // where those arrive: an index, which may change
+#define LOOP_MAC { 2, 'p', 'l', 'i', 'm', 's' }
 
 // A packet is what its headers say.
 struct packet {
@@ -642,6 +646,20 @@ SEC("tcx/ingress")
 int ingress_node(struct __sk_buff *skb)
 {
 	return forward(skb, NODE);
+}
+
+// What they send to an address of the node goes by loopback, whatever other routes there are, and is moved to those devices from here. A
+// frame of loopback has no address of a device.
+SEC("tcx/egress")
+int egress_loopback(struct __sk_buff *skb)
+{
+	static const __u8 address[] = LOOP_MAC;
+
+	if (skb->mark != loop_mark)
+		return TCX_NEXT;
+	if (bpf_skb_store_bytes(skb, __builtin_offsetof(struct ethhdr, h_dest), address, sizeof(address), 0))
+		return TCX_DROP;
+	return bpf_redirect(loop_device, BPF_F_INGRESS);
 }
 
 char __license[] SEC("license") = "Dual BSD/GPL";

@@ -16,24 +16,27 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	packetMapAddresses     = "addresses"
-	packetMapAffinities    = "affinities"
-	packetMapBackends4     = "backends4"
-	packetMapBackends6     = "backends6"
-	packetMapClusterIps    = "cluster_ips"
-	packetMapInsiders      = "insiders"
-	packetMapRanges        = "ranges"
-	packetMapServices4     = "services4"
-	packetMapServices6     = "services6"
-	packetProgIngress      = "ingress"
-	packetProgIngressNode  = "ingress_node"
-	packetProgIngressPods  = "ingress_pods"
-	packetVarBucketMask    = "bucket_mask"
-	packetVarDiscardMark   = "discard_mark"
-	packetVarKnowsInsiders = "knows_insiders"
-	packetVarRefuseMark    = "refuse_mark"
-	packetVarSeeds4        = "seeds4"
-	packetVarSeeds6        = "seeds6"
+	packetMapAddresses       = "addresses"
+	packetMapAffinities      = "affinities"
+	packetMapBackends4       = "backends4"
+	packetMapBackends6       = "backends6"
+	packetMapClusterIps      = "cluster_ips"
+	packetMapInsiders        = "insiders"
+	packetMapRanges          = "ranges"
+	packetMapServices4       = "services4"
+	packetMapServices6       = "services6"
+	packetProgEgressLoopback = "egress_loopback"
+	packetProgIngress        = "ingress"
+	packetProgIngressNode    = "ingress_node"
+	packetProgIngressPods    = "ingress_pods"
+	packetVarBucketMask      = "bucket_mask"
+	packetVarDiscardMark     = "discard_mark"
+	packetVarKnowsInsiders   = "knows_insiders"
+	packetVarLoopDevice      = "loop_device"
+	packetVarLoopMark        = "loop_mark"
+	packetVarRefuseMark      = "refuse_mark"
+	packetVarSeeds4          = "seeds4"
+	packetVarSeeds6          = "seeds6"
 )
 
 // loadPacket returns the embedded CollectionSpec for packet.
@@ -78,9 +81,10 @@ type packetSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type packetProgramSpecs struct {
-	Ingress     *ebpf.ProgramSpec `ebpf:"ingress"`
-	IngressNode *ebpf.ProgramSpec `ebpf:"ingress_node"`
-	IngressPods *ebpf.ProgramSpec `ebpf:"ingress_pods"`
+	EgressLoopback *ebpf.ProgramSpec `ebpf:"egress_loopback"`
+	Ingress        *ebpf.ProgramSpec `ebpf:"ingress"`
+	IngressNode    *ebpf.ProgramSpec `ebpf:"ingress_node"`
+	IngressPods    *ebpf.ProgramSpec `ebpf:"ingress_pods"`
 }
 
 // packetMapSpecs contains maps before they are loaded into the kernel.
@@ -105,6 +109,8 @@ type packetVariableSpecs struct {
 	BucketMask    *ebpf.VariableSpec `ebpf:"bucket_mask"`
 	DiscardMark   *ebpf.VariableSpec `ebpf:"discard_mark"`
 	KnowsInsiders *ebpf.VariableSpec `ebpf:"knows_insiders"`
+	LoopDevice    *ebpf.VariableSpec `ebpf:"loop_device"`
+	LoopMark      *ebpf.VariableSpec `ebpf:"loop_mark"`
 	RefuseMark    *ebpf.VariableSpec `ebpf:"refuse_mark"`
 	Seeds4        *ebpf.VariableSpec `ebpf:"seeds4"`
 	Seeds6        *ebpf.VariableSpec `ebpf:"seeds6"`
@@ -162,6 +168,8 @@ type packetVariables struct {
 	BucketMask    *ebpf.Variable `ebpf:"bucket_mask"`
 	DiscardMark   *ebpf.Variable `ebpf:"discard_mark"`
 	KnowsInsiders *ebpf.Variable `ebpf:"knows_insiders"`
+	LoopDevice    *ebpf.Variable `ebpf:"loop_device"`
+	LoopMark      *ebpf.Variable `ebpf:"loop_mark"`
 	RefuseMark    *ebpf.Variable `ebpf:"refuse_mark"`
 	Seeds4        *ebpf.Variable `ebpf:"seeds4"`
 	Seeds6        *ebpf.Variable `ebpf:"seeds6"`
@@ -171,13 +179,15 @@ type packetVariables struct {
 //
 // It can be passed to loadPacketObjects or ebpf.CollectionSpec.LoadAndAssign.
 type packetPrograms struct {
-	Ingress     *ebpf.Program `ebpf:"ingress"`
-	IngressNode *ebpf.Program `ebpf:"ingress_node"`
-	IngressPods *ebpf.Program `ebpf:"ingress_pods"`
+	EgressLoopback *ebpf.Program `ebpf:"egress_loopback"`
+	Ingress        *ebpf.Program `ebpf:"ingress"`
+	IngressNode    *ebpf.Program `ebpf:"ingress_node"`
+	IngressPods    *ebpf.Program `ebpf:"ingress_pods"`
 }
 
 func (p *packetPrograms) Close() error {
 	return _PacketClose(
+		p.EgressLoopback,
 		p.Ingress,
 		p.IngressNode,
 		p.IngressPods,

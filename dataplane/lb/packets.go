@@ -27,7 +27,7 @@ type PacketOptions struct {
 
 // loadPackets loads the programs for devices.
 func (b *Balancer) loadPackets(spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map) error {
-	if err := setConstants(spec, b.tableConstants(), map[string]any{"refuse_mark": uint32(refuseMark), "discard_mark": uint32(discardMark),
+	if err := setConstants(spec, b.tableConstants(), map[string]any{"refuse_mark": uint32(refuseMark), "discard_mark": uint32(discardMark), "loop_mark": uint32(loopMark),
 		"knows_insiders": b.options.Packets.KnowsInsiders}); err != nil {
 		return err
 	}
@@ -65,7 +65,7 @@ func (b *Balancer) AttachDevice(d Device) error {
 	}
 	var l link.Link
 	err := InNetNS(b.options.Packets.NetNS, func() (err error) {
-		l, err = b.attachDevice(d.Index, program)
+		l, err = b.attachDevice(d.Index, program, ebpf.AttachTCXIngress)
 		return err
 	})
 	if err != nil {
@@ -78,15 +78,19 @@ func (b *Balancer) AttachDevice(d Device) error {
 	return nil
 }
 
-func (b *Balancer) attachDevice(index int, program *ebpf.Program) (link.Link, error) {
+// attachDevice attaches a program to a device, for what arrives there or, by ebpf.AttachTCXEgress, what leaves.
+func (b *Balancer) attachDevice(index int, program *ebpf.Program, at ebpf.AttachType) (link.Link, error) {
 	pin := b.devicePin(index)
+	if at == ebpf.AttachTCXEgress {
+		pin = b.egressPin()
+	}
 	if b.options.PinDir != "" {
 		l, err := replaceDevice(pin, index, program)
 		if l != nil || err != nil {
 			return l, err
 		}
 	}
-	l, err := link.AttachTCX(link.TCXOptions{Interface: index, Program: program, Attach: ebpf.AttachTCXIngress})
+	l, err := link.AttachTCX(link.TCXOptions{Interface: index, Program: program, Attach: at})
 	if err != nil {
 		return nil, err
 	}
