@@ -27,7 +27,7 @@ import (
 // What arrives there is translated and forwarded as if it came from elsewhere.
 //
 // Note: routes to the Services' addresses were tried on paper. Whoever shares an address with one would go by them too, as another node
-// that is some Service's external address; and the source address would be for this code to choose.
+// that is some Service's external address; and the source address would be this code's to choose.
 const (
 	loopOut  = "plimsoll0"    // where packets leave
 	loopIn   = "plimsoll1"    // where they arrive
@@ -51,8 +51,8 @@ type loop struct {
 }
 
 // KeepLoop has what the node's own processes send to Services seen by the packet programs, too: to the prefixes of SetClusterIPs, and to
-// frontends of scope Outside. It does nothing where all of this is, brings back what somebody
-// removed, and takes over what a former Balancer left. KeepNAT comes first. RemoveLoop takes it away, and Close does without a PinDir.
+// frontends of scope Outside. It does nothing where all of this is, brings back what somebody removed, and takes over what a former
+// Balancer left. KeepNAT comes first. RemoveLoop takes it away, and so does Close without a PinDir.
 func (b *Balancer) KeepLoop() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -129,10 +129,10 @@ struct {
 
 const volatile __u32 refuse_mark;       // on packets that nat.go's rules answer with a refusal
 const volatile __u32 discard_mark;      // on those that they drop
-const volatile __u32 loop_mark;	 // on those that go to the loop
+const volatile __u32 loop_mark;         // on those that go to the loop
 const volatile __u8 knows_insiders;     // whether clients outside the cluster can be told from those inside
 
-__u32 loop_device;		 // where those arrive: an index, which may change
+__u32 loop_device; // where those arrive: an index, which may change
 #define LOOP_MAC { 2, 'p', 'l', 'i', 'm', 's' }
 
 // A packet is what its headers say.
@@ -610,8 +610,8 @@ static __always_inline int forward(struct __sk_buff *skb, enum origin origin)
 	if (verdict == PASS) {
 		set_key(&flow, &packet, INSIDE);
 		verdict = choose_for(skb, &packet, &flow);
-		// At a Service's own address those outside get one of the node, so that answers come back this way.
-		// The node's own source address is for the way that it chose, which is not the backend's.
+		// At a Service's own address those outside get one of the node, so that answers come back this way. So does the node
+		// itself, whose first choice was for the way to the Service, and not for that to the backend.
 		if (origin == NODE || (knows_insiders && !inside))
 			flow.choice.service |= MASQUERADE;
 	}
