@@ -171,13 +171,17 @@ func makeLoopDevices() (netlink.Link, error) {
 		return nil, err
 	}
 	// The source of what arrives is the node's own address, and the way back to it another one. Where sources are checked for all
-	// devices (net.ipv4.conf.all.rp_filter), the kernel lets them pass at a device that has an address, whichever it is.
+	// devices (net.ipv4.conf.all.rp_filter), the kernel lets them pass at a device that has an address, whichever it is. These settings are
+	// made each time: udev may give a new device those of net.ipv4.conf.*, a while after it came.
 	for setting, value := range map[string]string{"accept_local": "1", "rp_filter": "2", "forwarding": "1"} {
 		if err := os.WriteFile(devConf(4, loopIn, setting), []byte(value), 0); err != nil {
 			return nil, err
 		}
 	}
-	address := &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(127, 'p', 'l', '1').To4(), Mask: net.CIDRMask(32, 32)}, Scope: int(netlink.SCOPE_HOST)}
+	if in.Attrs().Flags&out.Attrs().Flags&net.FlagUp != 0 {
+		return in, nil // which is done last
+	}
+	address := &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(127, 112, 108, 1).To4(), Mask: net.CIDRMask(32, 32)}, Scope: int(netlink.SCOPE_HOST)}
 	if err := netlink.AddrReplace(in, address); err != nil {
 		return nil, fmt.Errorf("address of %s: %w", loopIn, err)
 	}
@@ -263,7 +267,7 @@ func loopSet(keyWords int) *nftables.Set {
 	}
 	return &nftables.Set{
 		Table: natTable(), Name: name, Concatenation: true,
-		KeyType: nftables.MustConcatSetType(nftables.MustConcatSetType(address, nftables.TypeInetProto), nftables.TypeInetService),
+		KeyType: nftables.MustConcatSetType(address, nftables.TypeInetProto, nftables.TypeInetService),
 	}
 }
 
