@@ -113,6 +113,15 @@ func TestPacketsOfTheNode(t *testing.T) {
 			}
 			wantAnswers(t, l.node.Connect(t, "tcp", l.at.external, 5), 5, first)
 		})
+		t.Run("a flow lives on without the loop", func(t *testing.T) {
+			mustSync(t, l.Balancer, to(udp(l.at.vip), first))
+			l.node.Open(t, map[bool]string{true: "udp6", false: "udp4"}[netip.MustParseAddr(l.at.node).Is6()])
+			wantAnswers(t, l.node.Exchange(t, l.at.vip, 1), 1, first)
+			if err := lb.RemoveLoop(l.node.NetNS()); err != nil {
+				t.Fatal(err)
+			}
+			wantAnswers(t, l.node.Exchange(t, l.at.vip, 1), 1, first)
+		})
 		t.Run("nothing is left", func(t *testing.T) {
 			if err := lb.Cleanup("", l.node.NetNS()); err != nil {
 				t.Fatal(err)
