@@ -35,8 +35,8 @@ func newAgentCommand() *cobra.Command {
 
 Every process in the cgroup2 folder --cgroup and below it sees Services: a connect to one's address becomes a connect to
 one of its endpoints. With --devices the packets that arrive there from anybody else are translated, too: those from
-outside the node, and of pods that are not in the cgroup. With --pin-dir all that goes on when the agent ends, until the
-folder is deleted.`,
+outside the node, of pods that are not in the cgroup, and by a loop of two devices those of the node's own processes
+that are not. With --pin-dir all that goes on when the agent ends, until agent --cleanup.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			if os.Geteuid() != 0 {

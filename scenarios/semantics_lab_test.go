@@ -44,8 +44,7 @@ const (
 // Nodes of these modes do not carry the traffic of some clients, because of how the lab starts them and not for what a mode can do:
 // nobody asks from there.
 var leftOut = map[string]map[string]string{
-	"ebpf":        {"outsider": "the node's agent runs without --devices, so it sees no packets from outside"},
-	"ebpf-packet": {"node": "the node's agent runs with --sockets=false, so it sees no packet before one arrives at a device"},
+	"ebpf": {"outsider": "the node's agent runs without --devices, so it sees no packets from outside"},
 }
 
 // A site is a node of the lab with clients and servers. All sites have the same addresses, and each has a Node object of its own that

@@ -6,7 +6,7 @@
 // from kube-proxy is the dataplane. It is the only package that knows k8s.io/kubernetes.
 //
 // It carries what processes on the node connect and send to, at their sockets, and what arrives at the node's devices, by conntrack's
-// NAT; over IPv4 and IPv6, TCP and UDP, and SCTP by packets alone.
+// NAT, where what the node itself sends is made to arrive; over IPv4 and IPv6, TCP and UDP, and SCTP by packets alone.
 package agent
 
 import (
@@ -53,7 +53,8 @@ type Config struct {
 	NodeName string
 	// Cgroup is the cgroup2 folder whose processes see Services. It must not be the root of the hierarchy. Empty leaves sockets alone.
 	Cgroup string
-	// Devices are patterns of path.Match for the names of devices whose packets are looked at, never loopback. None leaves packets alone.
+	// Devices are patterns of path.Match for the names of devices whose packets are looked at, never loopback. None leaves packets alone,
+	// those of the node's own processes, too.
 	Devices []string
 	// Local says which clients are inside the cluster, where packets are looked at.
 	Local Local
@@ -143,7 +144,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		}
 	}
 	if len(cfg.Devices) == 0 {
-		if err := balancer.KeepDevices(); err != nil {
+		if err := errors.Join(balancer.ReleaseLoop(cfg.NetNS), balancer.KeepDevices()); err != nil {
 			return err
 		}
 	}

@@ -80,6 +80,7 @@ type network struct {
 
 	// The thread's own.
 	attached  map[int]attachment // by the device's index
+	loopless  bool               // whether the loop could not be kept when that was tried last
 	subscribe func(chan<- netlink.LinkUpdate, <-chan struct{}, netlink.LinkSubscribeOptions) error
 }
 
@@ -125,6 +126,7 @@ func (n *network) run(ctx context.Context, started chan<- error) {
 		err = n.attachAll()
 	}
 	if err == nil {
+		n.keepLoop() // before KeepDevices, which takes what a former agent attached to a loop that is not kept
 		err = n.balancer.KeepDevices()
 	}
 	started <- err
@@ -143,6 +145,7 @@ func (n *network) run(ctx context.Context, started chan<- error) {
 			f()
 		case <-canary.C:
 			n.restoreNAT()
+			n.keepLoop()
 			if links == nil {
 				links = n.rewatch(stop)
 			} else if n.lacks(attaching) {
@@ -222,7 +225,7 @@ func (n *network) faults() (all []string) {
 	return all
 }
 
-// canaryPeriod is how often the nftables table is looked for, and what is lacking is tried again. kube-proxy looks for its iptables chains
+// canaryPeriod is how often the nftables table and the loop are looked for, and what is lacking is tried again. kube-proxy looks for its iptables chains
 // every 30 s.
 const canaryPeriod = 10 * time.Second
 
@@ -237,6 +240,15 @@ func (n *network) restoreNAT() {
 	if err != nil {
 		klog.ErrorS(err, "The agent's nftables table may be missing: packets are not translated without it")
 	}
+}
+
+// keepLoop has the node's own processes reach Services by packets. Where that cannot be the others do all the same.
+func (n *network) keepLoop() {
+	err := n.balancer.KeepLoop()
+	if err != nil && !n.loopless {
+		klog.ErrorS(err, "No loop: the node's own processes reach Services by their sockets alone")
+	}
+	n.loopless = err != nil
 }
 
 // drain lets the sender of a channel that nobody reads go on to its end. A nil channel has none.
@@ -281,6 +293,11 @@ func (n *network) linkChanged(update netlink.LinkUpdate) {
 	attrs := update.Link.Attrs()
 	var err error
 	if update.Header.Type == unix.RTM_DELLINK {
+		if lb.IsLoop(attrs.Name) {
+			klog.InfoS("The loop was removed by somebody: made anew", "device", attrs.Name)
+			n.keepLoop()
+			return
+		}
 		delete(n.attached, attrs.Index)
 		err = n.balancer.DetachDevice(attrs.Index)
 	} else {
@@ -303,7 +320,7 @@ type attachment struct {
 func (n *network) attach(attrs *netlink.LinkAttrs) error {
 	was, is := n.attached[attrs.Index]
 	now := attachment{attrs.Name, n.isOfPods(attrs)}
-	wanted := attrs.Flags&unix.IFF_LOOPBACK == 0 && n.wants(attrs.Name)
+	wanted := attrs.Flags&unix.IFF_LOOPBACK == 0 && !lb.IsLoop(attrs.Name) && n.wants(attrs.Name)
 	if is && wanted && was.pods == now.pods {
 		n.attached[attrs.Index] = now
 		return nil

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 	networking "k8s.io/api/networking/v1"
@@ -43,7 +44,7 @@ type packetRig struct {
 func startPacketRig(t *testing.T, objects ...runtime.Object) *packetRig {
 	t.Helper()
 	r := newPacketRig(t, objects...)
-	r.run(r.looksAtPackets())
+	r.run(r.config())
 	return r
 }
 
@@ -61,12 +62,28 @@ func newPacketRig(t *testing.T, objects ...runtime.Object) *packetRig {
 	return r
 }
 
-// looksAtPackets configures an agent without socket hooks.
-func (r *packetRig) looksAtPackets() agent.Config {
+// config is that of its agent.
+func (r *packetRig) config() agent.Config {
 	return agent.Config{
 		Devices: []string{"*"}, NetNS: r.node.NetNS(),
 		Local: agent.Local{Mode: agent.ClusterCIDR, CIDRs: []netip.Prefix{netip.MustParsePrefix(podCIDR)}},
 	}
+}
+
+// itself is a rig whose connects come from the node, once its agent carries all of a Service at clusterIP: it gets a way out, by which it
+// chooses its address, and where nobody answers.
+func (r *packetRig) itself() *rig {
+	r.Helper()
+	r.wantsError("tcp", clusterIP+":81", unix.ECONNREFUSED)
+	r.node.Enter(r.T, func() error {
+		out, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		everywhere := &net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}
+		return netlink.RouteAdd(&netlink.Route{LinkIndex: out.Attrs().Index, Dst: everywhere, Scope: netlink.SCOPE_LINK})
+	})
+	return r.from(r.node.Pod)
 }
 
 // from is a rig whose connects come from another pod.
@@ -196,11 +213,67 @@ func TestPacketsReachServices(t *testing.T) {
 // An association of SCTP begins with an endpoint, whose port is another, and is refused without.
 func TestPacketsOverSCTP(t *testing.T) {
 	r := startPacketRig(t, service(nil, port("sig", v1.ProtocolSCTP, 80)), slice("web-1", "sig", v1.ProtocolSCTP, endpoint(hereIP, thisNode), endpoint(thereIP, otherNode)))
-	r.wants("sctp", http80, hereWeb, thereWeb)
+	clients := []*rig{r.rig, r.itself()}
+	for _, from := range clients {
+		from.wants("sctp", http80, hereWeb, thereWeb)
+	}
 	r.updateSlice(slice("web-1", "sig", v1.ProtocolSCTP, endpoint(thereIP, otherNode)))
-	r.wants("sctp", http80, thereWeb)
+	for _, from := range clients {
+		from.wants("sctp", http80, thereWeb)
+	}
 	r.updateSlice(slice("web-1", "sig", v1.ProtocolSCTP))
-	r.wantsError("sctp", http80, unix.ECONNREFUSED)
+	for _, from := range clients {
+		from.wantsError("sctp", http80, unix.ECONNREFUSED)
+	}
+}
+
+// The node's own processes reach Services while an agent is away, by the next one, and after somebody took the way from them. Where no
+// packets are looked at any more, it is gone.
+func TestPacketsOfTheNode(t *testing.T) {
+	r := newPacketRig(t, exposed(nil), slice("web-1", "http", v1.ProtocolTCP, endpoint(hereIP, thisNode), endpoint(thereIP, otherNode)))
+	cfg := r.config()
+	cfg.LB.PinDir = lbtest.MountBPF(t)
+	end := r.run(cfg)
+	node := r.itself()
+	served := func() {
+		t.Helper()
+		for _, address := range append([]string{http80}, externals...) {
+			node.wants("tcp", address, hereWeb, thereWeb)
+			seen(t, r.node.Pod, address, nodeAddress)
+		}
+	}
+	// loop is the index of the device by which it goes, or 0.
+	loop := func() (index int) {
+		r.node.Enter(t, func() error {
+			if in, err := netlink.LinkByName("plimsoll1"); err == nil {
+				index = in.Attrs().Index
+			}
+			return nil
+		})
+		return index
+	}
+	served()
+	end()
+	served()
+	before := loop()
+	end = r.run(cfg)
+	served()
+	if after := loop(); after != before || after == 0 {
+		t.Errorf("want the next agent to go on with device %d, got %d", before, after)
+	}
+	r.node.Enter(t, func() error {
+		out, err := netlink.LinkByName("plimsoll0")
+		if err != nil {
+			return err
+		}
+		return netlink.LinkDel(out)
+	})
+	r.eventually(func() bool { return loop() > before }, func() string { return "the loop is not made anew" })
+	served()
+	end()
+	cfg.Devices, cfg.Cgroup = nil, lbtest.NewCgroup(t)
+	r.run(cfg)
+	r.eventually(func() bool { return loop() == 0 }, func() string { return "the loop is left where no packets are looked at" })
 }
 
 // A flow of UDP goes to another endpoint when its own is gone.
@@ -238,7 +311,7 @@ func TestOneClientBothWays(t *testing.T) {
 		endpoints.Listen(t, "tcp", address+":8080")
 	}
 	r.create(many)
-	cfg := r.looksAtPackets()
+	cfg := r.config()
 	cfg.Cgroup = r.pod.Cgroup
 	r.run(cfg)
 

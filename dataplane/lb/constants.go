@@ -22,6 +22,7 @@ const (
 	refuseMarkConstant
 	discardMarkConstant
 	knowsInsidersConstant
+	loopMarkConstant
 )
 
 // tableConstants are those by which programs find frontends.

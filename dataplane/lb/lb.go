@@ -117,6 +117,7 @@ type Balancer struct {
 	mu         sync.Mutex
 	links      []link.Link       // one for each hook; nil until Attach
 	devices    map[int]link.Link // by index
+	loop       loop
 	ipv4, ipv6 *family
 	addresses  *addresses
 	ranges     *annex[netip.Prefix, rangeKey]
@@ -436,6 +437,16 @@ func (b *Balancer) Close() error {
 		errs = append(errs, l.Close())
 	}
 	clear(b.devices)
+	if b.loop.loopback != nil {
+		errs = append(errs, b.loop.loopback.Close())
+	}
+	if b.loop.index != 0 && b.options.PinDir == "" {
+		// Without a program the loop leads nowhere. It went with the namespace if that is gone.
+		if err := RemoveLoop(b.options.Packets.NetNS); !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	b.loop = loop{}
 	for _, f := range b.families() {
 		errs = append(errs, f.close())
 	}

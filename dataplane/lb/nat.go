@@ -76,6 +76,7 @@ func (b *Balancer) KeepNAT() error {
 	if errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("%w: NAT by nf_tables: %w", ErrNotSupported, err)
 	}
+	b.loop.chained = false // KeepLoop's chains may have gone with the others
 	return err
 }
 
@@ -162,7 +163,10 @@ func addNAT(nft *nftables.Conn) error {
 		},
 		append(isMarked(0xffffffff, discardMark), &expr.Verdict{Kind: expr.VerdictDrop}),
 		append(append(isMarked(0xffffffff, refuseMark), isProtocol(TCP)...), &expr.Reject{Type: unix.NFT_REJECT_TCP_RST}),
-		append(isMarked(0xffffffff, refuseMark), &expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_PORT_UNREACH}))
+		// Subtle: to the node itself the kernel sends ICMP of IPv4 here from the address that was asked, which is not the node's, and so
+		// not at all (icmp_route_lookup). What is forwarded it answers from its own.
+		append(isDevice(expr.MetaKeyIIFNAME, loopIn), &expr.Verdict{Kind: expr.VerdictReturn}),
+		append(isMarked(0xffffffff, refuseMark), rejectByICMP))
 	// What conntrack takes for invalid it does not translate: it would come to the client from a stranger, who gets an RST, and the
 	// connection ends (kubernetes/kubernetes#74839). kube-proxy's iptables mode drops it, too.
 	chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, *nftables.ChainPriorityFilter, []expr.Any{
@@ -170,9 +174,11 @@ func addNAT(nft *nftables.Conn) error {
 		mask(expr.CtStateBitINVALID),
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: register, Data: word32(0)},
 		&expr.Verdict{Kind: expr.VerdictDrop},
-	})
+	}, append(isMarked(0xffffffff, refuseMark), rejectByICMP))
 	return nil
 }
+
+var rejectByICMP = &expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_PORT_UNREACH}
 
 // dnatTo is a rule that sends a packet of SCTP to the backend that a map has for its mark.
 func dnatTo(m *nftables.Set, family uint32, port uint32) []expr.Any {
@@ -188,6 +194,13 @@ func isProtocol(p Protocol) []expr.Any {
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: register},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: register, Data: []byte{byte(p)}},
 	}
+}
+
+// isDevice matches the name of the device that a packet came by or goes by, which key says.
+func isDevice(key expr.MetaKey, name string) []expr.Any {
+	padded := make([]byte, unix.IFNAMSIZ)
+	copy(padded, name)
+	return []expr.Any{&expr.Meta{Key: key, Register: register}, &expr.Cmp{Op: expr.CmpOpEq, Register: register, Data: padded}}
 }
 
 func isMarked(bits, mark uint32) []expr.Any {

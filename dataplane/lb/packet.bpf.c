@@ -111,6 +111,9 @@ struct {
 	__uint(max_entries, 1 << 16);
 } addresses SEC(".maps");
 
+__u32 loop_device; // where packets that go to the loop arrive: an index, which may change
+#define LOOP_MAC { 2, 'p', 'l', 'i', 'm', 's' }
+
 // A packet is what its headers say.
 struct packet {
 	union address6 source, destination;
@@ -544,7 +547,14 @@ static __always_inline int unknown(struct __sk_buff *skb, const struct packet *p
 	return TCX_NEXT;
 }
 
-static __always_inline int forward(struct __sk_buff *skb, int from_pod)
+// An origin says who sends what arrives at a device.
+enum origin {
+	ANYBODY, // it goes by the source address
+	PODS,
+	NODE, // the node's own processes
+};
+
+static __always_inline int forward(struct __sk_buff *skb, enum origin origin)
 {
 	struct packet packet = {};
 	struct flow flow = {};
@@ -562,7 +572,7 @@ static __always_inline int forward(struct __sk_buff *skb, int from_pod)
 	if (is_known(skb, &packet, &flow, &tuple, size))
 		return TCX_NEXT;
 
-	int inside = KNOWS_INSIDERS && (from_pod || is_in(&insiders, &packet.source));
+	int inside = origin == NODE || (KNOWS_INSIDERS && (origin == PODS || is_in(&insiders, &packet.source)));
 	enum verdict verdict = PASS;
 	if (!inside) {
 		set_key(&flow, &packet, OUTSIDE);
@@ -571,8 +581,9 @@ static __always_inline int forward(struct __sk_buff *skb, int from_pod)
 	if (verdict == PASS) {
 		set_key(&flow, &packet, INSIDE);
 		verdict = choose_for(skb, &packet, &flow);
-		// At a Service's own address those outside get one of the node, so that answers come back this way.
-		if (KNOWS_INSIDERS && !inside)
+		// At a Service's own address those outside get one of the node, so that answers come back this way. So does the node
+		// itself, whose first choice was for the way to the Service, and not for that to the backend.
+		if (origin == NODE || (KNOWS_INSIDERS && !inside))
 			flow.choice.service |= MASQUERADE;
 	}
 	switch (verdict) {
@@ -592,13 +603,34 @@ static __always_inline int forward(struct __sk_buff *skb, int from_pod)
 SEC("tcx/ingress")
 int ingress(struct __sk_buff *skb)
 {
-	return forward(skb, 0);
+	return forward(skb, ANYBODY);
 }
 
 SEC("tcx/ingress")
 int ingress_pods(struct __sk_buff *skb)
 {
-	return forward(skb, 1);
+	return forward(skb, PODS);
+}
+
+// What the node's own processes send arrives by loop.go's devices.
+SEC("tcx/ingress")
+int ingress_node(struct __sk_buff *skb)
+{
+	return forward(skb, NODE);
+}
+
+// What they send to an address of the node goes by loopback, whatever other routes there are, and is moved to those devices from here. A
+// frame of loopback has no address of a device.
+SEC("tcx/egress")
+int egress_loopback(struct __sk_buff *skb)
+{
+	static const __u8 address[] = LOOP_MAC;
+
+	if (skb->mark != LOOP_MARK)
+		return TCX_NEXT;
+	if (bpf_skb_store_bytes(skb, __builtin_offsetof(struct ethhdr, h_dest), address, sizeof(address), 0))
+		return TCX_DROP;
+	return bpf_redirect(loop_device, BPF_F_INGRESS);
 }
 
 char __license[] SEC("license") = "Dual BSD/GPL";

@@ -16,19 +16,22 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	packetMapAddresses    = "addresses"
-	packetMapAffinities   = "affinities"
-	packetMapBackends4    = "backends4"
-	packetMapBackends6    = "backends6"
-	packetMapClusterIps   = "cluster_ips"
-	packetMapInsiders     = "insiders"
-	packetMapNamespaces   = "namespaces"
-	packetMapRanges       = "ranges"
-	packetMapServices4    = "services4"
-	packetMapServices6    = "services6"
-	packetMapStrangers    = "strangers"
-	packetProgIngress     = "ingress"
-	packetProgIngressPods = "ingress_pods"
+	packetMapAddresses       = "addresses"
+	packetMapAffinities      = "affinities"
+	packetMapBackends4       = "backends4"
+	packetMapBackends6       = "backends6"
+	packetMapClusterIps      = "cluster_ips"
+	packetMapInsiders        = "insiders"
+	packetMapNamespaces      = "namespaces"
+	packetMapRanges          = "ranges"
+	packetMapServices4       = "services4"
+	packetMapServices6       = "services6"
+	packetMapStrangers       = "strangers"
+	packetProgEgressLoopback = "egress_loopback"
+	packetProgIngress        = "ingress"
+	packetProgIngressNode    = "ingress_node"
+	packetProgIngressPods    = "ingress_pods"
+	packetVarLoopDevice      = "loop_device"
 )
 
 // loadPacket returns the embedded CollectionSpec for packet.
@@ -73,8 +76,10 @@ type packetSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type packetProgramSpecs struct {
-	Ingress     *ebpf.ProgramSpec `ebpf:"ingress"`
-	IngressPods *ebpf.ProgramSpec `ebpf:"ingress_pods"`
+	EgressLoopback *ebpf.ProgramSpec `ebpf:"egress_loopback"`
+	Ingress        *ebpf.ProgramSpec `ebpf:"ingress"`
+	IngressNode    *ebpf.ProgramSpec `ebpf:"ingress_node"`
+	IngressPods    *ebpf.ProgramSpec `ebpf:"ingress_pods"`
 }
 
 // packetMapSpecs contains maps before they are loaded into the kernel.
@@ -98,6 +103,7 @@ type packetMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type packetVariableSpecs struct {
+	LoopDevice *ebpf.VariableSpec `ebpf:"loop_device"`
 }
 
 // packetObjects contains all objects after they have been loaded into the kernel.
@@ -153,19 +159,24 @@ func (m *packetMaps) Close() error {
 //
 // It can be passed to loadPacketObjects or ebpf.CollectionSpec.LoadAndAssign.
 type packetVariables struct {
+	LoopDevice *ebpf.Variable `ebpf:"loop_device"`
 }
 
 // packetPrograms contains all programs after they have been loaded into the kernel.
 //
 // It can be passed to loadPacketObjects or ebpf.CollectionSpec.LoadAndAssign.
 type packetPrograms struct {
-	Ingress     *ebpf.Program `ebpf:"ingress"`
-	IngressPods *ebpf.Program `ebpf:"ingress_pods"`
+	EgressLoopback *ebpf.Program `ebpf:"egress_loopback"`
+	Ingress        *ebpf.Program `ebpf:"ingress"`
+	IngressNode    *ebpf.Program `ebpf:"ingress_node"`
+	IngressPods    *ebpf.Program `ebpf:"ingress_pods"`
 }
 
 func (p *packetPrograms) Close() error {
 	return _PacketClose(
+		p.EgressLoopback,
 		p.Ingress,
+		p.IngressNode,
 		p.IngressPods,
 	)
 }

@@ -28,7 +28,7 @@ type PacketOptions struct {
 // loadPackets loads the programs for devices.
 func (b *Balancer) loadPackets(spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map) error {
 	if err := setConstants(spec, b.tableConstants(), map[constant]uint64{refuseMarkConstant: refuseMark, discardMarkConstant: discardMark,
-		knowsInsidersConstant: truth(b.options.Packets.KnowsInsiders)}); err != nil {
+		loopMarkConstant: loopMark, knowsInsidersConstant: truth(b.options.Packets.KnowsInsiders)}); err != nil {
 		return err
 	}
 	if err := spec.LoadAndAssign(&b.packets, &ebpf.CollectionOptions{MapReplacements: replacements(spec, maps)}); err != nil {
@@ -65,7 +65,7 @@ func (b *Balancer) AttachDevice(d Device) error {
 	}
 	var l link.Link
 	err := InNetNS(b.options.Packets.NetNS, func() (err error) {
-		l, err = b.attachDevice(d.Index, program)
+		l, err = b.attachDevice(d.Index, program, ebpf.AttachTCXIngress)
 		return err
 	})
 	if err != nil {
@@ -78,15 +78,19 @@ func (b *Balancer) AttachDevice(d Device) error {
 	return nil
 }
 
-func (b *Balancer) attachDevice(index int, program *ebpf.Program) (link.Link, error) {
+// attachDevice attaches a program to a device, for what arrives there or, by ebpf.AttachTCXEgress, what leaves.
+func (b *Balancer) attachDevice(index int, program *ebpf.Program, at ebpf.AttachType) (link.Link, error) {
 	pin := b.devicePin(index)
+	if at == ebpf.AttachTCXEgress {
+		pin = b.egressPin()
+	}
 	if b.options.PinDir != "" {
 		l, err := replaceDevice(pin, index, program)
 		if l != nil || err != nil {
 			return l, err
 		}
 	}
-	l, err := link.AttachTCX(link.TCXOptions{Interface: index, Program: program, Attach: ebpf.AttachTCXIngress})
+	l, err := link.AttachTCX(link.TCXOptions{Interface: index, Program: program, Attach: at})
 	if err != nil {
 		return nil, err
 	}
@@ -200,7 +204,7 @@ func (b *Balancer) SetClusterIPs(prefixes []netip.Prefix) error {
 	if err := setPrefixes(b.clusterIPs, prefixes); err != nil {
 		return fmt.Errorf("addresses of Services: %w", err)
 	}
-	return nil
+	return b.chainClusterIPs(prefixes)
 }
 
 // InNetNS calls f on a thread in the network namespace of that file, or on the calling one if there is none.

@@ -30,6 +30,7 @@ type territory struct {
 	node, client, first, second, outsider string
 	insiders, clusterIPs                  string
 	vip, otherVIP, otherPort, unallocated string
+	external                              string
 }
 
 // backends are where those of a landscape listen.
@@ -41,10 +42,12 @@ var territories = []territory{
 	{
 		"IPv4", "10.0.0.1", "10.1.0.1", "10.1.0.2", "10.1.0.3", "192.0.2.9", "10.1.0.0/16", "10.96.0.0/16",
 		"10.96.0.10:80", "10.96.0.11:80", "10.96.0.10:81", "10.96.0.12:80",
+		"203.0.113.1:80",
 	},
 	{
 		"IPv6", "fd00::1", "fd01::1", "fd01::2", "fd01::3", "2001:db8::9", "fd01::/16", "fd96::/16",
 		"[fd96::10]:80", "[fd96::11]:80", "[fd96::10]:81", "[fd96::12]:80",
+		"[2001:db8::1]:80",
 	},
 }
 

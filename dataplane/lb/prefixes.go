@@ -30,6 +30,15 @@ func prefixKeyOf(p netip.Prefix) prefixKey {
 	return prefixKey{uint32(length), p.Masked().Addr().As16()}
 }
 
+// prefix is what prefixKeyOf was given, without the bits of its address that do not count.
+func (k prefixKey) prefix() netip.Prefix {
+	address := netip.AddrFrom16(k.Address)
+	if address.Is4In6() && k.Length >= 96 {
+		return netip.PrefixFrom(address.Unmap(), int(k.Length)-96)
+	}
+	return netip.PrefixFrom(address, int(k.Length))
+}
+
 // setPrefixes makes a map hold these prefixes and no others. What is in both is in it all the time.
 func setPrefixes(m *ebpf.Map, prefixes []netip.Prefix) error {
 	want := make(map[prefixKey]bool)
@@ -43,24 +52,34 @@ func setPrefixes(m *ebpf.Map, prefixes []netip.Prefix) error {
 			return explainPut(m, p, err)
 		}
 	}
-	var key prefixKey
-	var value uint8
-	var gone []prefixKey
-	all := m.Iterate()
-	for all.Next(&key, &value) {
-		if !want[key] {
-			gone = append(gone, key)
+	has, err := prefixesOf(m)
+	if err != nil {
+		return err
+	}
+	for _, p := range has {
+		if want[prefixKeyOf(p)] {
+			continue
 		}
-	}
-	if err := all.Err(); err != nil {
-		return fmt.Errorf("read %v: %w", m, err)
-	}
-	for _, key := range gone {
-		if err := m.Delete(key); err != nil {
+		if err := m.Delete(prefixKeyOf(p)); err != nil {
 			return fmt.Errorf("remove a prefix from %v: %w", m, err)
 		}
 	}
 	return nil
+}
+
+// prefixesOf lists the prefixes that a map holds.
+func prefixesOf(m *ebpf.Map) ([]netip.Prefix, error) {
+	var key prefixKey
+	var value uint8
+	var has []netip.Prefix
+	all := m.Iterate()
+	for all.Next(&key, &value) {
+		has = append(has, key.prefix())
+	}
+	if err := all.Err(); err != nil {
+		return nil, fmt.Errorf("read %v: %w", m, err)
+	}
+	return has, nil
 }
 
 func explainPut(m *ebpf.Map, p any, err error) error {

@@ -177,6 +177,7 @@ struct {
 #define REFUSE_MARK CONSTANT(0x706c696d736f6c07)    // on packets that nat.go's rules answer with a refusal
 #define DISCARD_MARK CONSTANT(0x706c696d736f6c08)   // on those that they drop
 #define KNOWS_INSIDERS CONSTANT(0x706c696d736f6c09) // whether clients outside the cluster can be told from those inside
+#define LOOP_MARK CONSTANT(0x706c696d736f6c0a)	    // on packets that go to the loop
 
 // Subtle: words that another processor may be writing are read once.
 #define READ_ONCE(word) (*(const volatile __u64 *)&(word))

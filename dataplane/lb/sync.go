@@ -92,7 +92,7 @@ func (b *Balancer) Sync(changes []Change) error {
 			}
 		}
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, b.chainFrontends(changes)...)...)
 }
 
 func (b *Balancer) change(c Change, now time.Time) error {
