@@ -113,7 +113,7 @@ func agentCgroup(asked string) (string, error) {
 }
 
 // agentGarbage is how much garbage the agent's heap may hold, in percent of what lives.
-const agentGarbage = 20
+const agentGarbage = 10
 
 // agentLocal is how clients inside the cluster are known, by flags with the names and meanings of kube-proxy's.
 func agentLocal(mode string, podCIDRs []string, bridge, prefix string) (agent.Local, error) {
