@@ -207,6 +207,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	}
 	defer loops.Wait()
 	defer close(stop)
+	defer api.running.Wait()
 	defer watches.Wait()
 	defer cancel()
 

@@ -51,7 +51,8 @@ var (
 // Note: informers have an error handler, which is not told of a watch that is refused, nor of one that ends: client-go begins those anew
 // in silence, and that is how most API servers go away. So lists and watches are looked at themselves.
 type apiServer struct {
-	errors *metrics.CounterVec
+	errors  *metrics.CounterVec
+	running sync.WaitGroup // watches, which end when their informers do
 
 	mu        sync.Mutex // guards what follows
 	resources map[string]*heard
@@ -268,13 +269,13 @@ func (a *apiServer) watch(ctx context.Context, resource string, options metav1.L
 		return nil, err
 	}
 	w := &observed{source: source, events: make(chan watch.Event), stopped: make(chan struct{})}
-	go func() {
+	a.running.Go(func() {
 		defer cancel(nil)
 		defer close(w.events)
 		defer source.Stop()
 		timer.Stop()
 		w.forward(ctx, a, resource)
-	}()
+	})
 	return w, nil
 }
 
