@@ -257,6 +257,19 @@ func TestAPIServerMisbehaves(t *testing.T) {
 	}
 }
 
+// runByWeb runs the agent against the rig's objects as an API server's, which may misbehave.
+func (r *rig) runByWeb() *webAPI {
+	r.Helper()
+	r.patience = 30 * time.Second // an informer asks again when it thinks fit
+	api := startWebAPI(r.T, r.client)
+	client, err := agent.NewClient(api.kubeconfig())
+	if err != nil {
+		r.Fatal(err)
+	}
+	r.run(agent.Config{Client: client, Cgroup: r.pod.Cgroup})
+	return api
+}
+
 func testTrouble(t *testing.T, trouble func(*webAPI) http.HandlerFunc, unheard bool) {
 	at := func(name, address string) (*v1.Service, *discovery.EndpointSlice) {
 		s := service(func(s *v1.Service) { s.Name, s.Spec.ClusterIP, s.Spec.ClusterIPs = name, address, []string{address} }, port("http", v1.ProtocolTCP, 80))
@@ -267,13 +280,7 @@ func testTrouble(t *testing.T, trouble func(*webAPI) http.HandlerFunc, unheard b
 	going, ofGoing := at("going", "10.96.0.11")
 	coming, ofComing := at("coming", "10.96.0.12")
 	r := newRig(t, service(nil, port("http", v1.ProtocolTCP, 80)), slice("web-1", "http", v1.ProtocolTCP, endpoint(one, thisNode)), going, ofGoing)
-	r.patience = 30 * time.Second
-	api := startWebAPI(t, r.client)
-	client, err := agent.NewClient(api.kubeconfig())
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.run(agent.Config{Client: client, Cgroup: r.pod.Cgroup})
+	api := r.runByWeb()
 	r.wants("tcp", http80, one+":8080")
 	r.wants("tcp", "10.96.0.11:80", one+":8080")
 	if away := r.away(); len(away) > 0 {
@@ -350,13 +357,7 @@ func (r *rig) away() (reasons []string) {
 func TestAPIServerListsNone(t *testing.T) {
 	lines := agent.StartLogs(t)
 	r := newRig(t, service(nil, port("http", v1.ProtocolTCP, 80)), slice("web-1", "http", v1.ProtocolTCP, endpoint(one, thisNode)))
-	r.patience = 30 * time.Second
-	api := startWebAPI(t, r.client)
-	client, err := agent.NewClient(api.kubeconfig())
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.run(agent.Config{Client: client, Cgroup: r.pod.Cgroup})
+	api := r.runByWeb()
 	r.wants("tcp", http80, one+":8080")
 	empty := startWebAPI(t, fake.NewClientset(node(thisNode)))
 	api.misbehave(empty.serve)

@@ -42,7 +42,7 @@ enum scope {
 // of the affinity and its timeout in nanoseconds, both above 16 bits of zeros by which they cannot be taken for a backend.
 #define AFFINITY (1ULL << 63)
 #define DROP (1ULL << 62)	// without backends packets are dropped, not refused
-#define RANGES (1ULL << 61)	// for clients of some addresses alone, and so for packets alone
+#define RANGES (1ULL << 61)	// for clients of some addresses alone
 #define MASQUERADE (1ULL << 60) // the backend shall see an address of the node, not the client's
 #define FLAGS (0x1fULL << 59)
 

@@ -25,8 +25,8 @@ type Change struct {
 	Drop bool
 	// Masquerade has backends see an address of the node where packets are translated. At the socket no address is known yet.
 	Masquerade bool
-	// Ranges are where clients are admitted from; others have their packets dropped. None admits all. With ranges connects are
-	// not translated, and packets are.
+	// Ranges are where clients are admitted from; others have their packets dropped, and their connects are not translated. None admits
+	// all. Connects of clients whose addresses are not set (SetSources) are left to packets.
 	Ranges []netip.Prefix
 	// Lingering are backends that no new flow goes to, but those over UDP that go there may stay, at the socket. Elsewhere conntrack decides.
 	Lingering []netip.AddrPort
@@ -47,7 +47,7 @@ func (c Change) flags() (w word) {
 }
 
 // An Affinity has a client go to the backend that it went to last, while that is one of the frontend's and its last connect is no
-// longer ago than Timeout. A client is a network namespace.
+// longer ago than Timeout. A client is an address, or at the socket a network namespace while its address is not set (SetSources).
 type Affinity struct {
 	// ID is what frontends have in common, of one IP version, that are the same to a client. 48 bits count.
 	ID uint64
