@@ -67,17 +67,11 @@ type census struct {
 
 // run looks at all namespaces when one is met that is not known, until ctx ends.
 func (c *census) run(ctx context.Context) {
-	met := make(chan struct{}, 1)
+	met := newSignal()
 	var watching sync.WaitGroup
 	defer watching.Wait()
 	watching.Go(func() {
-		err := c.balancer.OnStrangers(ctx, func() {
-			select {
-			case met <- struct{}{}:
-			default:
-			}
-		})
-		if err != nil {
+		if err := c.balancer.OnStrangers(ctx, met.give); err != nil {
 			klog.ErrorS(err, "New pods are known by their addresses late", "period", censusPeriod)
 		}
 	})

@@ -41,11 +41,11 @@ type saver struct {
 	balancer       *lb.Balancer
 	path, nodeName string
 	status         *status
-	changed        chan struct{} // has room for one
+	changed        signal
 }
 
 func newSaver(cfg Config, balancer *lb.Balancer, status *status) *saver {
-	return &saver{balancer, cfg.Snapshot, cfg.NodeName, status, make(chan struct{}, 1)}
+	return &saver{balancer, cfg.Snapshot, cfg.NodeName, status, newSignal()}
 }
 
 // note says that something changed. A nil saver saves nothing.
@@ -53,10 +53,7 @@ func (s *saver) note() {
 	if s == nil {
 		return
 	}
-	select {
-	case s.changed <- struct{}{}:
-	default:
-	}
+	s.changed.give()
 }
 
 // run saves until ctx ends, and then what has changed last.

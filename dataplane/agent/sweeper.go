@@ -20,11 +20,11 @@ const sweepPeriod = time.Second
 type sweeper struct {
 	balancer *lb.Balancer
 	cgroup   string
-	changed  chan struct{} // has room for one
+	changed  signal
 }
 
 func newSweeper(cfg Config, balancer *lb.Balancer) *sweeper {
-	return &sweeper{balancer, cfg.Cgroup, make(chan struct{}, 1)}
+	return &sweeper{balancer, cfg.Cgroup, newSignal()}
 }
 
 // note says that endpoints over UDP have changed. A nil sweeper has nothing to do.
@@ -32,10 +32,7 @@ func (s *sweeper) note() {
 	if s == nil {
 		return
 	}
-	select {
-	case s.changed <- struct{}{}:
-	default:
-	}
+	s.changed.give()
 }
 
 // run looks after each change until ctx ends, or the kernel turns out to lack what it takes.

@@ -44,7 +44,7 @@ type syncer struct {
 	status     *status
 	runner     *runner.BoundedFrequencyRunner
 	complete   func()
-	flows      chan struct{} // says that udp has some; has room for one
+	flows      signal // udp has some
 	services   *proxy.ServiceChangeTracker
 	endpoints  *proxy.EndpointsChangeTracker
 
@@ -103,7 +103,7 @@ func newSyncer(cfg Config, family v1.IPFamily, balancer *lb.Balancer, network *n
 		health:      newServiceHealth(cfg, family, status),
 		complete:    sync.OnceFunc(complete),
 		udp:         make(proxy.ServicePortMap),
-		flows:       make(chan struct{}, 1),
+		flows:       newSignal(),
 		noLocal: map[string]sets.Set[proxy.ServicePortName]{
 			internal: sets.New[proxy.ServicePortName](), external: sets.New[proxy.ServicePortName](),
 		},
@@ -446,10 +446,7 @@ func (s *syncer) cleanLater() {
 		s.udp = make(proxy.ServicePortMap)
 		return
 	}
-	select {
-	case s.flows <- struct{}{}:
-	default:
-	}
+	s.flows.give()
 }
 
 // sync gives the load balancer what changed since it ran last. An error has it run again after retryPeriod.
