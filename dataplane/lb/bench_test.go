@@ -4,6 +4,7 @@ package lb_test
 
 import (
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -25,10 +26,15 @@ var sinks = []string{"127.0.0.1:8080", "127.0.0.2:8080"}
 func mustSinks(b *testing.B) *lbtest.Pod {
 	b.Helper()
 	pod := lbtest.StartPod(b)
+	mustSink(b, pod)
+	return pod
+}
+
+func mustSink(b *testing.B, pod *lbtest.Pod) {
+	b.Helper()
 	for _, address := range sinks {
 		pod.Sink(b, address)
 	}
-	return pod
 }
 
 // mustCarry has a pod's connects translated to so many Services, whose backends are the sinks.
@@ -39,72 +45,111 @@ func mustCarry(b *testing.B, pod *lbtest.Pod, options lb.Options, services int) 
 	return changes, rand.New(rand.NewPCG(1, uint64(services)))
 }
 
-// BenchmarkConnect times connect(2) over loopback to random Services, in blocks of 500 with as many direct connects from
-// a pod without the program between them. An operation is a block of each. Reported are the medians, and what a Service
-// adds as the median of the differences between neighbouring blocks.
-func BenchmarkConnect(b *testing.B) {
-	const block = 500
-	for _, options := range []lb.Options{{}, {PeerNames: true}} {
-		for _, services := range []int{1, 20_000, 50_000} {
-			b.Run(fmt.Sprintf("peer-names=%t/services=%d", options.PeerNames, services), func(b *testing.B) {
-				plain, translated := mustSinks(b), mustSinks(b)
-				changes, random := mustCarry(b, translated, options, services)
-
-				var direct, service, added []float64
-				for b.Loop() {
-					d := median(plain.ConnectTimes(b, block, sinks))
-					s := median(translated.ConnectTimes(b, block, randomTargets(random, changes, block)))
-					direct, service, added = append(direct, d), append(service, s), append(added, s-d)
-				}
-				b.ReportMetric(median(direct), "direct-ns")
-				b.ReportMetric(median(service), "service-ns")
-				b.ReportMetric(median(added), "added-ns")
-				b.ReportMetric(median(service)/median(direct), "ratio")
-			})
-		}
-	}
+// A stay is a pod that goes to and fro between two cgroups, one with programs and one without, so that all else is the same: namespace, ports,
+// process. Two pods differ by more than the programs cost.
+type stay struct {
+	*lbtest.Pod
+	plain, translated string
 }
 
-// BenchmarkRoundTrip times a question and its answer over loopback: through a Service, on an unconnected UDP socket, on a connected one and
-// on a TCP connection that is kept, in blocks of 500 with as many direct ones from a pod without the programs between them. An operation is a
-// block of each. Reported are the medians, and the median of the ratios of neighbouring blocks.
-func BenchmarkRoundTrip(b *testing.B) {
-	const block = 500
-	for _, trip := range []lbtest.Trip{lbtest.Datagram, lbtest.Connected, lbtest.Stream} {
-		b.Run(string(trip), func(b *testing.B) {
-			plain, translated := lbtest.StartPod(b), lbtest.StartPod(b)
-			plain.Echo(b, sinks[0])
-			translated.Echo(b, sinks[0])
-			mustSync(b, mustLoad(b, translated, lb.Options{}), to(udp(vip), sinks[0]), to(tcp(vip), sinks[0]))
-			inBlocks(b, func() float64 {
-				return median(plain.RoundTripTimes(b, trip, sinks[0], block))
-			}, func() float64 {
-				return median(translated.RoundTripTimes(b, trip, vip, block))
+// mustStay starts a pod that is in the cgroup for programs.
+func mustStay(b *testing.B) stay {
+	b.Helper()
+	translated := lbtest.NewCgroup(b) // before the pod, since it must outlive it
+	pod := lbtest.StartPod(b)
+	s := stay{pod, pod.Cgroup, translated}
+	pod.MoveTo(b, translated)
+	return s
+}
+
+// compare times blocks of two kinds in nanoseconds, direct in the cgroup without programs and mode in the other one. An operation is a block
+// of each, in random order. Reported are the medians, and of the neighbouring blocks' differences and ratios the median, with the ratio's 95 %
+// interval.
+func (s stay) compare(b *testing.B, direct, mode func() []int64) {
+	b.Helper()
+	order := rand.New(rand.NewPCG(1, 1))
+	var times [2][]float64
+	for b.Loop() {
+		for _, i := range order.Perm(2) {
+			s.MoveTo(b, []string{s.plain, s.translated}[i])
+			times[i] = append(times[i], float64(median([]func() []int64{direct, mode}[i]())))
+		}
+	}
+	var added, ratios []float64
+	for i, d := range times[0] {
+		added, ratios = append(added, times[1][i]-d), append(ratios, times[1][i]/d)
+	}
+	slices.Sort(ratios)
+	low, high := medianInterval(ratios)
+	b.ReportMetric(median(times[0]), "direct-ns")
+	b.ReportMetric(median(times[1]), "mode-ns")
+	b.ReportMetric(median(added), "added-ns")
+	b.ReportMetric(median(ratios), "ratio")
+	b.ReportMetric(low, "ratio-lower")
+	b.ReportMetric(high, "ratio-upper")
+}
+
+// BenchmarkConnect times connect(2) over loopback with a cgroup's programs and without, in blocks of 150: to random Services, with names for
+// getpeername(2) and without; to what is no Service ("to=other"); and to this with a program that does nothing ("empty") and
+// without any ("nothing"), which are the floors of all hooks and of the measurement. "whole" is from socket(2) to close(2), where
+// names cost something, too.
+func BenchmarkConnect(b *testing.B) {
+	const block = 150
+	other := func(s stay) func() []int64 { return func() []int64 { return s.ConnectTimes(b, block, sinks) } }
+	mustSinkStay := func(b *testing.B) stay {
+		s := mustStay(b)
+		mustSink(b, s.Pod)
+		return s
+	}
+	whole := func(s stay) func() []int64 { return func() []int64 { return s.SocketTimes(b, block, sinks) } }
+	b.Run("nothing", func(b *testing.B) {
+		s := mustSinkStay(b)
+		s.compare(b, other(s), other(s))
+	})
+	b.Run("empty", func(b *testing.B) {
+		s := mustSinkStay(b)
+		mustAttachEmpty(b, s.Cgroup)
+		s.compare(b, other(s), other(s))
+	})
+	for _, options := range []lb.Options{{}, {PeerNames: true}} {
+		for _, services := range []int{1, 50_000} {
+			name := fmt.Sprintf("peer-names=%t/services=%d/to=", options.PeerNames, services)
+			b.Run(name+"service", func(b *testing.B) {
+				s := mustSinkStay(b)
+				changes, random := mustCarry(b, s.Pod, options, services)
+				s.compare(b, other(s), func() []int64 { return s.ConnectTimes(b, block, randomTargets(random, changes, block)) })
 			})
+			b.Run(name+"other", func(b *testing.B) {
+				s := mustSinkStay(b)
+				mustCarry(b, s.Pod, options, services)
+				s.compare(b, other(s), other(s))
+			})
+		}
+		b.Run(fmt.Sprintf("peer-names=%t/services=1/to=service/whole", options.PeerNames), func(b *testing.B) {
+			s := mustSinkStay(b)
+			changes, _ := mustCarry(b, s.Pod, options, 1)
+			s.compare(b, whole(s), func() []int64 { return s.SocketTimes(b, block, []string{changes[0].Frontend.Address.String()}) })
+		})
+		b.Run(fmt.Sprintf("peer-names=%t/services=1/to=other/whole", options.PeerNames), func(b *testing.B) {
+			s := mustSinkStay(b)
+			mustCarry(b, s.Pod, options, 1)
+			s.compare(b, whole(s), whole(s))
 		})
 	}
 }
 
-// BenchmarkTax times connect(2) to what is no Service, with the programs and 50,000 Services and without, in blocks as the others.
-func BenchmarkTax(b *testing.B) {
+// BenchmarkRoundTrip times a question and its answer over loopback in blocks of 500, through a Service and directly: on an unconnected UDP
+// socket, on a connected one and on a TCP connection that is kept.
+func BenchmarkRoundTrip(b *testing.B) {
 	const block = 500
-	plain, translated := mustSinks(b), mustSinks(b)
-	mustCarry(b, translated, lb.Options{}, 50_000)
-	inBlocks(b, func() float64 { return median(plain.ConnectTimes(b, block, sinks)) }, func() float64 { return median(translated.ConnectTimes(b, block, sinks)) })
-}
-
-// inBlocks times blocks of two kinds in turn, which return medians in nanoseconds, and reports these and the ratio.
-func inBlocks(b *testing.B, plain, translated func() float64) {
-	b.Helper()
-	var direct, service, ratios []float64
-	for b.Loop() {
-		d := plain()
-		s := translated()
-		direct, service, ratios = append(direct, d), append(service, s), append(ratios, s/d)
+	for _, trip := range []lbtest.Trip{lbtest.Datagram, lbtest.Connected, lbtest.Stream} {
+		b.Run(string(trip), func(b *testing.B) {
+			s := mustStay(b)
+			s.Echo(b, sinks[0])
+			mustSync(b, mustLoad(b, s.Pod, lb.Options{}), to(udp(vip), sinks[0]), to(tcp(vip), sinks[0]))
+			s.compare(b, func() []int64 { return s.RoundTripTimes(b, trip, sinks[0], block) }, func() []int64 { return s.RoundTripTimes(b, trip, vip, block) })
+		})
 	}
-	b.ReportMetric(median(direct), "direct-ns")
-	b.ReportMetric(median(service), "service-ns")
-	b.ReportMetric(median(ratios), "ratio")
 }
 
 // hookSizes are the numbers of Services of BenchmarkHook. The slope leaves out the first: one Service that is connected to over and over stays
@@ -282,6 +327,14 @@ func manyChanges(n int) []lb.Change {
 		changes[i] = to(lb.Frontend{Address: netip.AddrPortFrom(address, 80), Protocol: lb.TCP}, sinks...)
 	}
 	return changes
+}
+
+// medianInterval gives the 95 % interval of the median of sorted values, by the ranks between which it is (the binomial distribution's normal
+// approximation).
+func medianInterval(sorted []float64) (low, high float64) {
+	n := len(sorted)
+	reach := int(math.Ceil(0.98 * math.Sqrt(float64(n))))
+	return sorted[max(n/2-reach, 0)], sorted[min(n/2+reach, n-1)]
 }
 
 func median[T int64 | float64](values []T) float64 {

@@ -14,3 +14,6 @@ const (
 func (b *Balancer) PacketPrograms() map[string]*ebpf.Program {
 	return map[string]*ebpf.Program{packetProgIngress: b.packets.Ingress, packetProgIngressPods: b.packets.IngressPods}
 }
+
+// Streams are the TCP sockets that have names for their peers in a map, not in their own storage. Of its elements the first word is a cookie.
+func (b *Balancer) Streams() *ebpf.Map { return b.objects.Streams }

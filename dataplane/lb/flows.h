@@ -69,10 +69,8 @@ static __always_inline int keeps(void *services, void *backends, int words, stru
 	return lingers(flow);
 }
 
-// is_from tells whether a flow goes to this backend, which has no owner.
-static __always_inline int is_from(const struct flow *flow, const __u64 *peer)
+// is_from tells whether what was sent to a frontend went to the backend that has this peer's address; a peer has no owner.
+static __always_inline int is_from(const __u64 *key, const __u64 *backend, const __u64 *peer)
 {
-	const __u64 *backend = flow->choice.backend;
-
-	return flow->key[0] && backend[0] >> 16 == peer[0] >> 16 && backend[1] == peer[1] && backend[2] == peer[2];
+	return key[0] && backend[0] >> 16 == peer[0] >> 16 && backend[1] == peer[1] && backend[2] == peer[2];
 }

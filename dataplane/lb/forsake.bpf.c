@@ -45,7 +45,7 @@ static __always_inline int has_left(struct flows *flows, const __u64 *peer)
 		bpf_spin_lock(&flows->lock);
 		flow = flows->flows[i];
 		bpf_spin_unlock(&flows->lock);
-		if (!is_from(&flow, peer))
+		if (!is_from(flow.key, flow.choice.backend, peer))
 			continue;
 		if (flow.key[1] | flow.key[2] ? keeps(&services6, &backends6, KEY6, &flow)
 					      : keeps(&services4, &backends4, KEY4, &flow))

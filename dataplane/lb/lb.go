@@ -137,7 +137,11 @@ type hook struct {
 }
 
 func (b *Balancer) hooks() []hook {
-	return []hook{
+	var hooks []hook
+	if b.options.PeerNames {
+		hooks = append(hooks, b.releaseHook()) // before sockets have names that it takes away
+	}
+	return append(hooks, []hook{
 		{socketProgConnect4, ebpf.AttachCGroupInet4Connect, b.objects.Connect4},
 		{socketProgConnect6, ebpf.AttachCGroupInet6Connect, b.objects.Connect6},
 		{socketProgSendmsg4, ebpf.AttachCGroupUDP4Sendmsg, b.objects.Sendmsg4},
@@ -146,7 +150,12 @@ func (b *Balancer) hooks() []hook {
 		{socketProgRecvmsg6, ebpf.AttachCGroupUDP6Recvmsg, b.objects.Recvmsg6},
 		{socketProgGetpeername4, ebpf.AttachCgroupInet4GetPeername, b.objects.Getpeername4},
 		{socketProgGetpeername6, ebpf.AttachCgroupInet6GetPeername, b.objects.Getpeername6},
-	}
+	}...)
+}
+
+// releaseHook sees sockets being closed, whose peers have no names from then on.
+func (b *Balancer) releaseHook() hook {
+	return hook{socketProgRelease, ebpf.AttachCgroupInetSockRelease, b.objects.Release}
 }
 
 // Load creates the maps and loads the programs, attached to nothing yet. With a PinDir that a former Balancer of the same
@@ -254,19 +263,28 @@ func (b *Balancer) openMaps(specs ...*ebpf.CollectionSpec) (_ map[string]*ebpf.M
 		socketMapBackends6:  b.options.Backends,
 		socketMapAffinities: b.options.Affinities,
 		// What sockets remember has no size of its own.
-		socketMapDatagrams:  0,
-		socketMapStreams:    0,
-		socketMapNamespaces: maxNamespaces,
-		socketMapStrangers:  strangersBytes,
-		packetMapInsiders:   maxPrefixes,
-		packetMapClusterIps: maxPrefixes,
-		socketMapRanges:     b.options.Services,
-		packetMapAddresses:  2 * b.options.Services, // of both IP versions
-		socketMapLingering:  b.options.Services,
+		socketMapDatagrams:      0,
+		socketMapCrowdedStreams: 0,
+		socketMapStreams:        1, // unused without PeerNames
+		socketMapNamespaces:     maxNamespaces,
+		socketMapStrangers:      strangersBytes,
+		packetMapInsiders:       maxPrefixes,
+		packetMapClusterIps:     maxPrefixes,
+		socketMapRanges:         b.options.Services,
+		packetMapAddresses:      2 * b.options.Services, // of both IP versions
+		socketMapLingering:      b.options.Services,
 	}
 	pin := ebpf.MapOptions{}
 	if b.options.PinDir != "" {
 		pin.PinPath = b.pinDir()
+		if !b.options.PeerNames {
+			if err := removePin(filepath.Join(b.pinDir(), socketMapStreams)); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if b.options.PeerNames {
+		entries[socketMapStreams] = maxStreams
 	}
 	maps := make(map[string]*ebpf.Map)
 	for name, n := range entries {
@@ -277,7 +295,7 @@ func (b *Balancer) openMaps(specs ...*ebpf.CollectionSpec) (_ map[string]*ebpf.M
 				spec.MaxEntries = uint32(n)
 			}
 		}
-		if b.options.PinDir != "" {
+		if b.options.PinDir != "" && (b.options.PeerNames || name != socketMapStreams) {
 			spec.Pinning = ebpf.PinByName
 		}
 		m, err := ebpf.NewMapWithOptions(spec, pin)
@@ -339,6 +357,11 @@ func (b *Balancer) Attach(cgroup string) error {
 	}
 	if err := checkCgroup(cgroup); err != nil {
 		return fmt.Errorf("attach the socket hooks to %s: %w", cgroup, err)
+	}
+	if b.options.PinDir != "" && !b.options.PeerNames {
+		if err := removePin(b.linkPin(b.releaseHook())); err != nil {
+			return err
+		}
 	}
 	for _, h := range b.hooks() {
 		if err := b.attach(h, cgroup); err != nil {

@@ -14,7 +14,10 @@ import (
 )
 
 // layout names the folder of the pins. It changes with what the words in the maps mean.
-const layout = "v6"
+const layout = "v7"
+
+// maxStreams is how many connected TCP sockets have the names of their peers in a map of their own: STREAMS of socket.bpf.c.
+const maxStreams = 1 << 16
 
 func (b *Balancer) pinDir() string        { return filepath.Join(b.options.PinDir, layout) }
 func (b *Balancer) linkPin(h hook) string { return filepath.Join(b.pinDir(), h.name) }
@@ -48,6 +51,14 @@ func removeLayouts(pinDir, but string) error {
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("remove pins: %w", err)
+	}
+	return nil
+}
+
+// removePin removes one pin, which need not be there.
+func removePin(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove a pin: %w", err)
 	}
 	return nil
 }

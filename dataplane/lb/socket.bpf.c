@@ -7,13 +7,69 @@
 
 #include "flows.h"
 
-// What a TCP socket connected to last, if getpeername(2) is to know.
+// A stream is what a TCP socket connected to last, if getpeername(2) is to know. It is a cache line.
+struct stream {
+	__u64 cookie; // of the socket, or zero if this is free
+	__u64 key[KEY6];
+	__u64 backend[KEY6];
+	__u64 unused;
+};
+
+// Streams are found by their sockets' cookies, which the kernel counts up: one that is connected now is beside the one before. The socket has
+// the first free place from there when it connects, and the release hook frees that when the socket is closed.
+//
+// Note: the socket's own storage was the first plan, and allocating it cost a connect four times what this does. It is left
+// for the sockets that find the places from their cookie on taken.
+#define STREAMS (1 << 16)
+#define STREAM_PLACES 8 // from a cookie on
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct stream);
+	__uint(max_entries, STREAMS);
+	__uint(map_flags, BPF_F_MMAPABLE); // which begins it at a page, and each stream at a cache line
+} streams SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, int);
-	__type(value, struct flow);
-} streams SEC(".maps");
+	__type(value, struct stream);
+} crowded_streams SEC(".maps");
+
+// stream_at gives a place for the stream of a socket.
+static __always_inline struct stream *stream_at(__u64 cookie, __u32 place)
+{
+	__u32 index = (cookie + place) % STREAMS;
+
+	return bpf_map_lookup_elem(&streams, &index);
+}
+
+// stream_of gives the stream of a socket, or NULL.
+static __always_inline struct stream *stream_of(__u64 cookie)
+{
+	for (__u32 place = 0; place < STREAM_PLACES; place++) {
+		struct stream *stream = stream_at(cookie, place);
+
+		if (stream && READ_ONCE(stream->cookie) == cookie)
+			return stream;
+	}
+	return NULL;
+}
+
+// new_stream gives a socket a stream, or NULL where there is neither a place nor memory.
+static __always_inline struct stream *new_stream(struct bpf_sock_addr *ctx, __u64 cookie)
+{
+	for (__u32 place = 0; place < STREAM_PLACES; place++) {
+		struct stream *stream = stream_at(cookie, place);
+
+		// Subtle: other sockets are looking, too.
+		if (stream && !READ_ONCE(stream->cookie) && !__sync_val_compare_and_swap(&stream->cookie, 0, cookie))
+			return stream;
+	}
+	return bpf_sk_storage_get(&crowded_streams, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+}
 
 // recall gives a flow the choice that was made for its key before, or returns false.
 static __always_inline int recall(struct flows *flows, struct flow *flow)
@@ -81,10 +137,15 @@ static __always_inline enum verdict translate(struct bpf_sock_addr *ctx, void *s
 		if (flows)
 			remember(flows, flow);
 	} else if (PEER_NAMES) {
-		struct flow *stream = bpf_sk_storage_get(&streams, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+		__u64 cookie = bpf_get_socket_cookie(ctx);
+		struct stream *stream = stream_of(cookie);
 
-		if (stream)
-			*stream = *flow;
+		if (!stream)
+			stream = new_stream(ctx, cookie);
+		if (stream) {
+			copy(stream->key, flow->key);
+			copy(stream->backend, flow->choice.backend);
+		}
 	}
 	return TRANSLATE;
 }
@@ -178,11 +239,13 @@ static __always_inline int name(struct bpf_sock_addr *ctx, const __u64 *peer, __
 	int found = 0;
 
 	if (ctx->protocol != IPPROTO_UDP) {
-		const struct flow *flow = bpf_sk_storage_get(&streams, ctx->sk, NULL, 0);
+		const struct stream *stream = stream_of(bpf_get_socket_cookie(ctx));
 
-		if (!flow || !is_from(flow, peer))
+		if (!stream)
+			stream = bpf_sk_storage_get(&crowded_streams, ctx->sk, NULL, 0);
+		if (!stream || !is_from(stream->key, stream->backend, peer))
 			return 0;
-		copy(key, flow->key);
+		copy(key, stream->key);
 		return 1;
 	}
 	struct flows *flows = bpf_sk_storage_get(&datagrams, ctx->sk, NULL, 0);
@@ -194,7 +257,7 @@ static __always_inline int name(struct bpf_sock_addr *ctx, const __u64 *peer, __
 	for (__u32 i = 0; i < FLOWS && !found; i++) {
 		const struct flow *flow = &flows->flows[(last + i) % FLOWS];
 
-		if (is_from(flow, peer)) {
+		if (is_from(flow->key, flow->choice.backend, peer)) {
 			copy(key, flow->key);
 			found = 1;
 		}
@@ -295,6 +358,21 @@ SEC("cgroup/getpeername6")
 int getpeername6(struct bpf_sock_addr *ctx)
 {
 	return reverse6(ctx);
+}
+
+// release is run when a socket is closed.
+SEC("cgroup/sock_release")
+int release(struct bpf_sock *ctx)
+{
+	if (ctx->protocol == IPPROTO_UDP)
+		return 1;
+	struct stream *stream = stream_of(bpf_get_socket_cookie(ctx));
+
+	if (stream) {
+		stream->key[0] = 0;
+		__sync_lock_test_and_set(&stream->cookie, 0);
+	}
+	return 1;
 }
 
 char __license[] SEC("license") = "Dual BSD/GPL";

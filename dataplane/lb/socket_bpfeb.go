@@ -16,25 +16,27 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	socketMapAffinities    = "affinities"
-	socketMapBackends4     = "backends4"
-	socketMapBackends6     = "backends6"
-	socketMapDatagrams     = "datagrams"
-	socketMapLingering     = "lingering"
-	socketMapNamespaces    = "namespaces"
-	socketMapRanges        = "ranges"
-	socketMapServices4     = "services4"
-	socketMapServices6     = "services6"
-	socketMapStrangers     = "strangers"
-	socketMapStreams       = "streams"
-	socketProgConnect4     = "connect4"
-	socketProgConnect6     = "connect6"
-	socketProgGetpeername4 = "getpeername4"
-	socketProgGetpeername6 = "getpeername6"
-	socketProgRecvmsg4     = "recvmsg4"
-	socketProgRecvmsg6     = "recvmsg6"
-	socketProgSendmsg4     = "sendmsg4"
-	socketProgSendmsg6     = "sendmsg6"
+	socketMapAffinities     = "affinities"
+	socketMapBackends4      = "backends4"
+	socketMapBackends6      = "backends6"
+	socketMapCrowdedStreams = "crowded_streams"
+	socketMapDatagrams      = "datagrams"
+	socketMapLingering      = "lingering"
+	socketMapNamespaces     = "namespaces"
+	socketMapRanges         = "ranges"
+	socketMapServices4      = "services4"
+	socketMapServices6      = "services6"
+	socketMapStrangers      = "strangers"
+	socketMapStreams        = "streams"
+	socketProgConnect4      = "connect4"
+	socketProgConnect6      = "connect6"
+	socketProgGetpeername4  = "getpeername4"
+	socketProgGetpeername6  = "getpeername6"
+	socketProgRecvmsg4      = "recvmsg4"
+	socketProgRecvmsg6      = "recvmsg6"
+	socketProgRelease       = "release"
+	socketProgSendmsg4      = "sendmsg4"
+	socketProgSendmsg6      = "sendmsg6"
 )
 
 // loadSocket returns the embedded CollectionSpec for socket.
@@ -85,6 +87,7 @@ type socketProgramSpecs struct {
 	Getpeername6 *ebpf.ProgramSpec `ebpf:"getpeername6"`
 	Recvmsg4     *ebpf.ProgramSpec `ebpf:"recvmsg4"`
 	Recvmsg6     *ebpf.ProgramSpec `ebpf:"recvmsg6"`
+	Release      *ebpf.ProgramSpec `ebpf:"release"`
 	Sendmsg4     *ebpf.ProgramSpec `ebpf:"sendmsg4"`
 	Sendmsg6     *ebpf.ProgramSpec `ebpf:"sendmsg6"`
 }
@@ -93,17 +96,18 @@ type socketProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type socketMapSpecs struct {
-	Affinities *ebpf.MapSpec `ebpf:"affinities"`
-	Backends4  *ebpf.MapSpec `ebpf:"backends4"`
-	Backends6  *ebpf.MapSpec `ebpf:"backends6"`
-	Datagrams  *ebpf.MapSpec `ebpf:"datagrams"`
-	Lingering  *ebpf.MapSpec `ebpf:"lingering"`
-	Namespaces *ebpf.MapSpec `ebpf:"namespaces"`
-	Ranges     *ebpf.MapSpec `ebpf:"ranges"`
-	Services4  *ebpf.MapSpec `ebpf:"services4"`
-	Services6  *ebpf.MapSpec `ebpf:"services6"`
-	Strangers  *ebpf.MapSpec `ebpf:"strangers"`
-	Streams    *ebpf.MapSpec `ebpf:"streams"`
+	Affinities     *ebpf.MapSpec `ebpf:"affinities"`
+	Backends4      *ebpf.MapSpec `ebpf:"backends4"`
+	Backends6      *ebpf.MapSpec `ebpf:"backends6"`
+	CrowdedStreams *ebpf.MapSpec `ebpf:"crowded_streams"`
+	Datagrams      *ebpf.MapSpec `ebpf:"datagrams"`
+	Lingering      *ebpf.MapSpec `ebpf:"lingering"`
+	Namespaces     *ebpf.MapSpec `ebpf:"namespaces"`
+	Ranges         *ebpf.MapSpec `ebpf:"ranges"`
+	Services4      *ebpf.MapSpec `ebpf:"services4"`
+	Services6      *ebpf.MapSpec `ebpf:"services6"`
+	Strangers      *ebpf.MapSpec `ebpf:"strangers"`
+	Streams        *ebpf.MapSpec `ebpf:"streams"`
 }
 
 // socketVariableSpecs contains global variables before they are loaded into the kernel.
@@ -132,17 +136,18 @@ func (o *socketObjects) Close() error {
 //
 // It can be passed to loadSocketObjects or ebpf.CollectionSpec.LoadAndAssign.
 type socketMaps struct {
-	Affinities *ebpf.Map `ebpf:"affinities"`
-	Backends4  *ebpf.Map `ebpf:"backends4"`
-	Backends6  *ebpf.Map `ebpf:"backends6"`
-	Datagrams  *ebpf.Map `ebpf:"datagrams"`
-	Lingering  *ebpf.Map `ebpf:"lingering"`
-	Namespaces *ebpf.Map `ebpf:"namespaces"`
-	Ranges     *ebpf.Map `ebpf:"ranges"`
-	Services4  *ebpf.Map `ebpf:"services4"`
-	Services6  *ebpf.Map `ebpf:"services6"`
-	Strangers  *ebpf.Map `ebpf:"strangers"`
-	Streams    *ebpf.Map `ebpf:"streams"`
+	Affinities     *ebpf.Map `ebpf:"affinities"`
+	Backends4      *ebpf.Map `ebpf:"backends4"`
+	Backends6      *ebpf.Map `ebpf:"backends6"`
+	CrowdedStreams *ebpf.Map `ebpf:"crowded_streams"`
+	Datagrams      *ebpf.Map `ebpf:"datagrams"`
+	Lingering      *ebpf.Map `ebpf:"lingering"`
+	Namespaces     *ebpf.Map `ebpf:"namespaces"`
+	Ranges         *ebpf.Map `ebpf:"ranges"`
+	Services4      *ebpf.Map `ebpf:"services4"`
+	Services6      *ebpf.Map `ebpf:"services6"`
+	Strangers      *ebpf.Map `ebpf:"strangers"`
+	Streams        *ebpf.Map `ebpf:"streams"`
 }
 
 func (m *socketMaps) Close() error {
@@ -150,6 +155,7 @@ func (m *socketMaps) Close() error {
 		m.Affinities,
 		m.Backends4,
 		m.Backends6,
+		m.CrowdedStreams,
 		m.Datagrams,
 		m.Lingering,
 		m.Namespaces,
@@ -177,6 +183,7 @@ type socketPrograms struct {
 	Getpeername6 *ebpf.Program `ebpf:"getpeername6"`
 	Recvmsg4     *ebpf.Program `ebpf:"recvmsg4"`
 	Recvmsg6     *ebpf.Program `ebpf:"recvmsg6"`
+	Release      *ebpf.Program `ebpf:"release"`
 	Sendmsg4     *ebpf.Program `ebpf:"sendmsg4"`
 	Sendmsg6     *ebpf.Program `ebpf:"sendmsg6"`
 }
@@ -189,6 +196,7 @@ func (p *socketPrograms) Close() error {
 		p.Getpeername6,
 		p.Recvmsg4,
 		p.Recvmsg6,
+		p.Release,
 		p.Sendmsg4,
 		p.Sendmsg6,
 	)

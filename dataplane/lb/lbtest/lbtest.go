@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -85,6 +86,15 @@ func StartPod(tb testing.TB) *Pod {
 	pod := &Pod{Cgroup: cgroup, pid: cmd.Process.Pid, orders: orders}
 	pod.do(tb, "Up", struct{}{}, nil)
 	return pod
+}
+
+// MoveTo puts the pod's process into a cgroup that outlives it. Sockets that it has stay where they were made.
+func (p *Pod) MoveTo(tb testing.TB, cgroup string) {
+	tb.Helper()
+	if err := os.WriteFile(filepath.Join(cgroup, "cgroup.procs"), []byte(strconv.Itoa(p.pid)), 0); err != nil {
+		tb.Fatal(err)
+	}
+	p.Cgroup = cgroup
 }
 
 var cgroups atomic.Int64
@@ -234,6 +244,32 @@ func (p *Pod) AskKept(tb testing.TB) Outcome {
 	return outcome
 }
 
+// Hold connects n more TCP sockets to address, which stay connected until LetGo. They are not asked.
+func (p *Pod) Hold(tb testing.TB, network, address string, n int) {
+	tb.Helper()
+	p.do(tb, "Hold", Target{Network: network, Address: address, N: n}, nil)
+}
+
+// Reconnect ends the connections of the held sockets and connects the same ones to address, an IPv4 one.
+func (p *Pod) Reconnect(tb testing.TB, address string) {
+	tb.Helper()
+	p.do(tb, "Reconnect", address, nil)
+}
+
+// HeldPeers counts what getpeername(2) says on the held sockets.
+func (p *Pod) HeldPeers(tb testing.TB) map[string]int {
+	tb.Helper()
+	peers := map[string]int{}
+	p.do(tb, "HeldPeers", struct{}{}, &peers)
+	return peers
+}
+
+// LetGo closes the held sockets.
+func (p *Pod) LetGo(tb testing.TB) {
+	tb.Helper()
+	p.do(tb, "LetGo", struct{}{}, nil)
+}
+
 // Open opens the unconnected UDP socket that Exchange sends from, in place of the one before. On the network "udp6" it is a
 // socket of IPv6, which also talks to addresses of IPv4.
 func (p *Pod) Open(tb testing.TB, network string) {
@@ -282,6 +318,14 @@ func (p *Pod) ConnectTimes(tb testing.TB, n int, addresses []string) []int64 {
 	tb.Helper()
 	var times []int64
 	p.do(tb, "ConnectTimes", Timing{N: n, Addresses: addresses}, &times)
+	return times
+}
+
+// SocketTimes is the same from socket(2) to the end of close(2).
+func (p *Pod) SocketTimes(tb testing.TB, n int, addresses []string) []int64 {
+	tb.Helper()
+	var times []int64
+	p.do(tb, "ConnectTimes", Timing{N: n, Addresses: addresses, Whole: true}, &times)
 	return times
 }
 

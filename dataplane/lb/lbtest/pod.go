@@ -41,6 +41,7 @@ type Orders struct {
 	outcome chan Outcome
 	socket  net.PacketConn // of Exchange
 	kept    net.Conn       // of AskKept
+	held    []*net.TCPConn // of Hold
 }
 
 // A Target is what a pod listens at or connects to.
@@ -62,6 +63,7 @@ type Origin struct {
 type Timing struct {
 	N         int
 	Addresses []string
+	Whole     bool // from socket(2) to close(2)
 }
 
 // Up is Pod's order to bring the loopback interface up.
@@ -395,7 +397,7 @@ func (*Orders) ConnectTimes(t Timing, times *[]int64) error {
 	defer runtime.UnlockOSThread()
 	*times = make([]int64, t.N)
 	for i := range *times {
-		nanoseconds, err := timeConnect(targets[i%len(targets)])
+		nanoseconds, err := timeConnect(targets[i%len(targets)], t.Whole)
 		if err != nil {
 			return fmt.Errorf("connect to %s: %w", t.Addresses[i%len(targets)], err)
 		}
@@ -404,16 +406,22 @@ func (*Orders) ConnectTimes(t Timing, times *[]int64) error {
 	return nil
 }
 
-func timeConnect(target unix.Sockaddr) (int64, error) {
+// timeConnect times a connect, or all of a socket's life.
+func timeConnect(target unix.Sockaddr, whole bool) (int64, error) {
+	born := time.Now()
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return 0, err
 	}
-	defer unix.Close(fd)
 	if err := unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}); err != nil {
-		return 0, err
+		return 0, errors.Join(err, unix.Close(fd))
 	}
 	start := time.Now()
 	err = unix.Connect(fd, target)
-	return time.Since(start).Nanoseconds(), err
+	took := time.Since(start)
+	err = errors.Join(err, unix.Close(fd))
+	if whole {
+		took = time.Since(born)
+	}
+	return took.Nanoseconds(), err
 }
