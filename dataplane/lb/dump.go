@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -150,6 +151,9 @@ func (f *family) read(k key, e *entry) (Change, bool) {
 			c := Change{Frontend: k.frontend(), Affinity: affinity, Drop: w&drop != 0, Masquerade: w&masquerade != 0}
 			for s := range slices.Chunk(words[3:], f.slotWords) {
 				c.Backends = append(c.Backends, backendOf(s))
+			}
+			if w&ranged != 0 {
+				c.Ranges = []netip.Prefix{} // which ones does not stand here
 			}
 			return c, true
 		}

@@ -420,6 +420,38 @@ func TestFullMaps(t *testing.T) {
 			t.Errorf("want 2 frontends with 11 backends that fill the map, got %+v", got)
 		}
 	})
+	// What was for all is not left so when there is no room for who it shall be for.
+	t.Run("ranges", func(t *testing.T) {
+		b := mustLoad(t, pod, lb.Options{Services: 2})
+		if err := b.SetSources(cookieOf(t, pod), lb.Sources{IPv4: netip.MustParseAddr("10.9.8.7")}); err != nil {
+			t.Fatal(err)
+		}
+		ranges := func(cidrs ...string) (prefixes []netip.Prefix) {
+			for _, cidr := range cidrs {
+				prefixes = append(prefixes, netip.MustParsePrefix(cidr))
+			}
+			return prefixes
+		}
+		guarded, other := to(tcp(vip), "127.0.0.1:8080"), to(tcp("10.96.0.11:80"), "127.0.0.1:8080")
+		other.Ranges = ranges("10.1.0.0/16", "10.2.0.0/16")
+		mustSync(t, b, guarded, other)
+		wantAnswers(t, pod.Connect(t, "tcp", vip, 1), 1, "127.0.0.1:8080")
+		guarded.Ranges = ranges("10.9.0.0/16", "10.3.0.0/16")
+		wantFull(t, b.Sync([]lb.Change{guarded}), guarded.Frontend)
+		wantErrors(t, pod.Connect(t, "tcp", vip, 1), 1, unix.ENETUNREACH)
+		saved, err := b.Changes()
+		if err != nil || len(saved) != 1 || saved[0].Frontend != other.Frontend {
+			t.Errorf("want %v alone to be saved, got %v, %v", other.Frontend, saved, err)
+		}
+
+		other.Ranges = ranges("10.1.0.0/16")
+		mustSync(t, b, other)
+		wantFull(t, b.Sync([]lb.Change{guarded}), guarded.Frontend)
+		wantAnswers(t, pod.Connect(t, "tcp", vip, 1), 1, "127.0.0.1:8080")
+		mustSync(t, b, lb.Change{Frontend: other.Frontend, Withdraw: true})
+		mustSync(t, b, guarded)
+		wantAnswers(t, pod.Connect(t, "tcp", vip, 1), 1, "127.0.0.1:8080")
+	})
 }
 
 // wantFull expects that one frontend, and no other, found no room.

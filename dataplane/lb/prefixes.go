@@ -163,25 +163,27 @@ func (a *annex[T, K]) takeOver() error {
 	return nil
 }
 
-// add has the programs know these, too.
+// add has the programs know these, too, up to the first that finds no room.
 func (a *annex[T, K]) add(f Frontend, items []T) error {
+	known := setOf(a.of[f])
 	for _, item := range items {
-		if slices.Contains(a.of[f], item) {
+		if known[item] {
 			continue
 		}
 		if err := a.programs.Put(a.keyOf(f, item), uint8(1)); err != nil {
 			return explainPut(a.programs, item, err)
 		}
-		a.of[f] = append(a.of[f], item)
+		a.of[f], known[item] = append(a.of[f], item), true
 	}
 	return nil
 }
 
-// keep has the programs know these alone.
+// keep has the programs know none but these.
 func (a *annex[T, K]) keep(f Frontend, items []T) error {
 	var errs []error
+	wanted := setOf(items)
 	left := slices.DeleteFunc(a.of[f], func(item T) bool {
-		if slices.Contains(items, item) {
+		if wanted[item] {
 			return false
 		}
 		err := a.programs.Delete(a.keyOf(f, item))
@@ -197,6 +199,14 @@ func (a *annex[T, K]) keep(f Frontend, items []T) error {
 		delete(a.of, f)
 	}
 	return errors.Join(errs...)
+}
+
+func setOf[T comparable](items []T) map[T]bool {
+	set := make(map[T]bool, len(items))
+	for _, item := range items {
+		set[item] = true
+	}
+	return set
 }
 
 // addresses are those of the frontends of scope Rest. Their map is not the services map, whose look-ups would be slower for them.

@@ -58,7 +58,8 @@ type Affinity struct {
 // maxAffinity is what 48 bits can say, of the ID or of nanoseconds.
 const maxAffinity = 1<<48 - 1
 
-// A FrontendError says why a Change was not made. The frontend is as it was before.
+// A FrontendError says why a Change was not made. The frontend is as it was before, unless it is ranges or what lingers that found no room: then
+// the rest of the change is made, and the frontend admits fewer clients than it should, never more.
 type FrontendError struct {
 	Frontend Frontend
 	Err      error
@@ -118,14 +119,11 @@ func (b *Balancer) change(c Change, now time.Time) error {
 	}
 	// Who is admitted, and what lingers, is known before the frontend is, and forgotten after.
 	ranges, lingering := slices.Clone(b.ranges.of[c.Frontend]), slices.Clone(b.lingering.of[c.Frontend])
-	err := errors.Join(b.ranges.add(c.Frontend, c.Ranges), b.lingering.add(c.Frontend, c.Lingering))
-	if err == nil {
-		err = f.publish(c, now)
+	noRoom := errors.Join(b.ranges.add(c.Frontend, c.Ranges), b.lingering.add(c.Frontend, c.Lingering))
+	if err := f.publish(c, now); err != nil {
+		return errors.Join(noRoom, err, b.ranges.keep(c.Frontend, ranges), b.lingering.keep(c.Frontend, lingering))
 	}
-	if err != nil {
-		return errors.Join(err, b.ranges.keep(c.Frontend, ranges), b.lingering.keep(c.Frontend, lingering))
-	}
-	return errors.Join(b.ranges.keep(c.Frontend, c.Ranges), b.lingering.keep(c.Frontend, c.Lingering))
+	return errors.Join(noRoom, b.ranges.keep(c.Frontend, c.Ranges), b.lingering.keep(c.Frontend, c.Lingering))
 }
 
 // Frontends lists what is published, in no order. Sync must not be called meanwhile.
@@ -147,7 +145,7 @@ func (b *Balancer) Frontends() iter.Seq[Frontend] {
 	}
 }
 
-// Changes lists the changes by which an empty Balancer would hold what this one does, in no order.
+// Changes lists the changes by which an empty Balancer would hold what this one does, in no order, without frontends that admit nobody.
 func (b *Balancer) Changes() ([]Change, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -165,6 +163,8 @@ func (b *Balancer) Changes() ([]Change, error) {
 	for f := range b.addresses.all() {
 		all = append(all, Change{Frontend: f})
 	}
+	// Ranges that found no room admit nobody, where a Change without any would admit all.
+	all = slices.DeleteFunc(all, func(c Change) bool { return c.Ranges != nil && len(b.ranges.of[c.Frontend]) == 0 })
 	for i := range all {
 		all[i].Ranges = slices.Clone(b.ranges.of[all[i].Frontend])
 		all[i].Lingering = slices.Clone(b.lingering.of[all[i].Frontend])
