@@ -220,6 +220,11 @@ func TestDevicesNotWatched(t *testing.T) {
 	if faults := n.faults(); len(faults) != 0 || !s.now().Healthy {
 		t.Errorf("unhealthy after the watch began anew: %q", faults)
 	}
+	n.lack(looping, errors.New("no veth"))
+	r = Report{Faults: n.faults(), Hooks: []string{"connect4"}, Devices: []string{"eth0"}}
+	if r.judge(); !s.now().Healthy || r.Replacement != Partial || len(r.Reasons) != 1 || !strings.HasSuffix(r.Reasons[0], "by their sockets alone: no veth") {
+		t.Errorf("without a loop: healthy %t, %s because of %q", s.now().Healthy, r.Replacement, r.Reasons)
+	}
 }
 
 // What a clock that was set says of a change's age has no metric sink.

@@ -80,7 +80,6 @@ type network struct {
 
 	// The thread's own.
 	attached  map[int]attachment // by the device's index
-	loopless  bool               // whether the loop could not be kept when that was tried last
 	subscribe func(chan<- netlink.LinkUpdate, <-chan struct{}, netlink.LinkSubscribeOptions) error
 }
 
@@ -167,6 +166,7 @@ const (
 	watching  = "devices are not watched"
 	attaching = "a device is not attached to"
 	nat       = "the nftables table may be missing"
+	looping   = "there is no loop, so the node's own processes reach Services by their sockets alone"
 )
 
 // rewatch watches devices anew and attaches to all that there are. It returns nil if they cannot be watched, for the next canary to try.
@@ -225,6 +225,11 @@ func (n *network) faults() (all []string) {
 	return all
 }
 
+// harmed tells whether more is lacking than the loop, without which all packets but the node's own go their way.
+func (n *network) harmed() bool {
+	return n != nil && (n.lacks(watching) || n.lacks(attaching) || n.lacks(nat))
+}
+
 // canaryPeriod is how often the nftables table and the loop are looked for, and what is lacking is tried again. kube-proxy looks for its iptables chains
 // every 30 s.
 const canaryPeriod = 10 * time.Second
@@ -245,10 +250,10 @@ func (n *network) restoreNAT() {
 // keepLoop has the node's own processes reach Services by packets. Where that cannot be the others do all the same.
 func (n *network) keepLoop() {
 	err := n.balancer.KeepLoop()
-	if err != nil && !n.loopless {
+	if err != nil && !n.lacks(looping) {
 		klog.ErrorS(err, "No loop: the node's own processes reach Services by their sockets alone")
 	}
-	n.loopless = err != nil
+	n.lack(looping, err)
 }
 
 // drain lets the sender of a channel that nobody reads go on to its end. A nil channel has none.

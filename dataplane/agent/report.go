@@ -44,6 +44,7 @@ type Report struct {
 
 	OtherAgent string         `json:"otherAgentIn,omitempty"` // the network namespace, if another agent may be at work there
 	Faults     []string       `json:"packetPathFaults"`       // what the packet path lacks now
+	late       bool           // whether that does not explain why the agent is not healthy
 	API        []APIReport    `json:"apiServer"`              // by resource
 	Families   []FamilyReport `json:"families"`
 }
@@ -90,6 +91,7 @@ func (r *reporter) report() Report {
 		PeerNames: r.cfg.LB.PeerNames, Devices: []string{}, LocalMode: string(r.cfg.Local.Mode), Reasons: []string{},
 		Faults: append([]string{}, r.network.faults()...), API: r.status.api.report(), OtherAgent: r.status.taken,
 	}
+	report.late = !report.Healthy && !r.network.harmed()
 	report.KubeProxysTraces = r.traces()
 	if r.network != nil {
 		r.network.do(func() { report.Devices = r.network.names() })
@@ -152,7 +154,7 @@ func (r *Report) judge() {
 	for _, fault := range r.Faults {
 		add(Partial, "packets: %s", fault)
 	}
-	if !r.Healthy && len(r.Faults) == 0 {
+	if r.late {
 		add(Partial, "syncs are late (see /healthz)")
 	}
 	for _, a := range r.API {

@@ -244,10 +244,10 @@ func (s servers) close() error {
 	return errors.Join(errs...)
 }
 
-// now is how the agent does. It is bad while syncs are late, or the packet path lacks something.
+// now is how the agent does. It is bad while syncs are late, or the packet path lacks more than the loop.
 func (s *status) now() healthcheck.ProxyHealth {
 	health := s.health.Health()
-	health.Healthy = health.Healthy && len(s.network.faults()) == 0
+	health.Healthy = health.Healthy && !s.network.harmed()
 	return health
 }
 

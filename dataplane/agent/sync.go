@@ -3,7 +3,6 @@
 package agent
 
 import (
-	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -23,9 +22,7 @@ import (
 	"k8s.io/kubernetes/pkg/proxy"
 	proxyconfig "k8s.io/kubernetes/pkg/proxy/config"
 	"k8s.io/kubernetes/pkg/proxy/runner"
-	proxyutil "k8s.io/kubernetes/pkg/proxy/util"
 	utilnode "k8s.io/kubernetes/pkg/util/node"
-	netutils "k8s.io/utils/net"
 
 	"github.com/plimsoll-bench/plimsoll/dataplane/lb"
 )
@@ -157,66 +154,6 @@ func (s *syncer) OnServiceUpdate(old, service *v1.Service) {
 	}
 }
 
-// noteAddresses counts a Service's addresses that cannot be served, and logs those that it did not have before: one that is no address to
-// those of IPv4.
-func (s *syncer) noteAddresses(old, service *v1.Service) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	defer func() { s.status.ignored.WithLabelValues(string(s.family)).Set(float64(s.ignoredAddresses())) }()
-	if service == nil {
-		delete(s.ignored, types.NamespacedName{Namespace: old.Namespace, Name: old.Name})
-		return
-	}
-	name := types.NamespacedName{Namespace: service.Namespace, Name: service.Name}
-	before, now := s.ignored[name], sets.New[string]()
-	for _, text := range addressesOf(service) {
-		reason := ""
-		switch address, err := netip.ParseAddr(text); {
-		case netutils.ParseIPSloppy(text) == nil:
-			if s.family == v1.IPv4Protocol {
-				reason = "it is no address"
-			}
-		case err != nil || (address.Unmap().Is4() != (s.family == v1.IPv4Protocol)):
-			// Of the other IP version; or written as only kube-proxy's own parser reads it, which serves it.
-		case !served(address.Unmap()):
-			reason = "it means something else in each network namespace, or no host"
-		case proxyutil.GetClusterIPByFamily(s.family, service) == "":
-			reason = "the Service has no ClusterIP of this IP version"
-		}
-		if reason == "" {
-			continue
-		}
-		if now.Insert(text); !before.Has(text) {
-			klog.InfoS("Address of a Service ignored", "service", name, "address", text, "reason", reason)
-		}
-	}
-	if s.ignored[name] = now; len(now) == 0 {
-		delete(s.ignored, name)
-	}
-}
-
-// addressesOf are those for the world outside, which are not the API server's choice.
-func addressesOf(service *v1.Service) []string {
-	if proxyutil.ShouldSkipService(service) {
-		return nil
-	}
-	all := slices.Clone(service.Spec.ExternalIPs)
-	for _, ingress := range service.Status.LoadBalancer.Ingress {
-		if ingress.IP != "" && proxyutil.IsVIPMode(ingress) {
-			all = append(all, ingress.IP)
-		}
-	}
-	return all
-}
-
-// ignoredAddresses counts those of all Services.
-func (s *syncer) ignoredAddresses() (n int) {
-	for _, addresses := range s.ignored {
-		n += addresses.Len()
-	}
-	return n
-}
-
 // OnServiceSynced, OnEndpointSlicesSynced and OnNodeSynced are called once each, when all of the first list has been seen.
 func (s *syncer) OnServiceSynced()        { s.listed() }
 func (s *syncer) OnEndpointSlicesSynced() { s.listed() }
@@ -287,88 +224,6 @@ func (s *syncer) moveNodePorts(address netip.Addr) {
 	if moved {
 		s.request()
 	}
-}
-
-// A claimant is a port that wants a frontend.
-type claimant struct {
-	name  proxy.ServicePortName
-	title title
-}
-
-// A title is by what a port wants a frontend. Whoever has the better one gets it.
-type title int
-
-const (
-	own          title = iota // it is at its ClusterIP, which the API server allocates
-	loadBalancer              // a load balancer's address, which a controller writes
-	nodePort                  // its NodePort, which the API server allocates
-	byHand                    // an external address, which whoever may write the Service chooses
-)
-
-// other tells whether the frontend is for the world outside.
-func (c claimant) other() bool { return c.title != own }
-
-func (s *syncer) claimantOf(name proxy.ServicePortName, port proxy.ServicePort, frontend lb.Frontend) claimant {
-	at := func(ip net.IP) bool { return isAt(frontend, ip) }
-	switch ours := int(frontend.Address.Port()) == port.Port(); {
-	case frontend.Scope == lb.Rest || ours && at(port.ClusterIP()):
-		return claimant{name, own}
-	case ours && slices.ContainsFunc(port.LoadBalancerVIPs(), at):
-		return claimant{name, loadBalancer}
-	case int(frontend.Address.Port()) == port.NodePort() && frontend.Address.Addr() == s.nodeAddress:
-		return claimant{name, nodePort}
-	}
-	return claimant{name, byHand}
-}
-
-// claim notes that a port wants its frontends, and release that it no longer does.
-func (s *syncer) claim(name proxy.ServicePortName, port proxy.ServicePort) {
-	for _, frontend := range s.frontendsOf(port) {
-		claimants, c := s.claims[frontend], s.claimantOf(name, port, frontend)
-		if i, has := slices.BinarySearchFunc(claimants, c, compareClaimants); !has {
-			s.claims[frontend] = slices.Insert(claimants, i, c)
-		}
-		s.noteClaims(frontend)
-	}
-}
-
-func (s *syncer) release(name proxy.ServicePortName, port proxy.ServicePort) {
-	for _, frontend := range s.frontendsOf(port) {
-		claimants, c := s.claims[frontend], s.claimantOf(name, port, frontend)
-		if i, has := slices.BinarySearchFunc(claimants, c, compareClaimants); has {
-			s.claims[frontend] = slices.Delete(claimants, i, i+1)
-		}
-		s.noteClaims(frontend)
-	}
-}
-
-// noteClaims has a frontend looked at whose claims have changed.
-func (s *syncer) noteClaims(frontend lb.Frontend) {
-	s.changed.Insert(frontend)
-	switch claimants := s.claims[frontend]; {
-	case len(claimants) == 0:
-		delete(s.claims, frontend)
-		s.contested.Delete(frontend)
-	case len(claimants) == 1 || frontend.Scope == lb.Rest: // what is besides the ports of a Service all of them want
-		s.contested.Delete(frontend)
-	case !s.contested.Has(frontend):
-		s.contested.Insert(frontend)
-		klog.InfoS("Several Service ports want one frontend: the first has it", "frontend", frontend, "servicePort", claimants[0].name, "others", names(claimants[1:]))
-	}
-}
-
-func names(claimants []claimant) (all []string) {
-	for _, c := range claimants {
-		all = append(all, c.name.String())
-	}
-	return all
-}
-
-// compareClaimants orders ports, so that of several the same one has a frontend whatever came first: the one with the best title, of those
-// the first by name.
-func compareClaimants(a, b claimant) int {
-	x, y := a.name, b.name
-	return cmp.Or(cmp.Compare(a.title, b.title), cmp.Compare(x.Namespace, y.Namespace), cmp.Compare(x.Name, y.Name), cmp.Compare(x.Port, y.Port), cmp.Compare(x.Protocol, y.Protocol))
 }
 
 // portsChanged is told by the tracker what a changed Service was and is, inside of sync.
@@ -697,56 +552,4 @@ func (s *syncer) prune() {
 			}
 		}
 	}
-}
-
-// frontendsOf lists where a port is served: at its ClusterIP, its external and load balancers' addresses, and its NodePort on this
-// node's own address. Where packets are looked at, a ClusterIP refuses at other ports.
-func (s *syncer) frontendsOf(port proxy.ServicePort) []lb.Frontend {
-	if port.Protocol() == v1.ProtocolSCTP && s.network == nil {
-		return nil // no socket hook sees it
-	}
-	externals := append(slices.Clone(port.ExternalIPs()), port.LoadBalancerVIPs()...)
-	frontends := make([]lb.Frontend, 0, len(externals)+3)
-	if own, ok := frontendAt(port.ClusterIP(), port.Port(), port.Protocol()); ok {
-		frontends = append(frontends, own)
-		if s.network != nil {
-			frontends = append(frontends, lb.Frontend{Address: netip.AddrPortFrom(own.Address.Addr(), 0), Scope: lb.Rest})
-		}
-	}
-	add := func(address net.IP, number int) {
-		if frontend, ok := frontendAt(address, number, port.Protocol()); ok {
-			frontends = append(frontends, frontend)
-		}
-	}
-	for _, address := range externals {
-		add(address, port.Port())
-	}
-	if port.NodePort() != 0 && s.nodeAddress.IsValid() {
-		add(s.nodeAddress.AsSlice(), port.NodePort())
-	}
-	return frontends
-}
-
-// frontendAt returns false for a protocol that the load balancer does not know, for no address, and for one that means something else in
-// each network namespace: a pod's own loopback is no Service's, whatever the status of a load balancer says.
-func frontendAt(ip net.IP, port int, protocol v1.Protocol) (lb.Frontend, bool) {
-	var number lb.Protocol
-	switch protocol {
-	case v1.ProtocolTCP:
-		number = lb.TCP
-	case v1.ProtocolUDP:
-		number = lb.UDP
-	case v1.ProtocolSCTP:
-		number = lb.SCTP
-	default:
-		return lb.Frontend{}, false
-	}
-	address, ok := netip.AddrFromSlice(ip)
-	address = address.Unmap()
-	return lb.Frontend{Address: netip.AddrPortFrom(address, uint16(port)), Protocol: number}, ok && served(address)
-}
-
-// served tells whether a Service can be at an address.
-func served(address netip.Addr) bool {
-	return lb.IsHost(address) && !address.IsLoopback() && !address.IsLinkLocalUnicast()
 }
