@@ -45,7 +45,7 @@ type Report struct {
 	OtherAgent string         `json:"otherAgentIn,omitempty"` // the network namespace, if another agent may be at work there
 	Faults     []string       `json:"packetPathFaults"`       // what the packet path lacks now
 	late       bool           // whether that does not explain why the agent is not healthy
-	API        []APIReport    `json:"apiServer"`              // by resource
+	API        []APIReport    `json:"apiServer"` // by resource
 	Families   []FamilyReport `json:"families"`
 }
 

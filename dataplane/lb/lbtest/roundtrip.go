@@ -3,6 +3,7 @@
 package lbtest
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -131,7 +132,12 @@ func (*Orders) RoundTripTimes(t Target, times *[]int64) error {
 		if err := send([]byte{'?'}); err != nil {
 			return fmt.Errorf("send to %s: %w", t.Address, err)
 		}
-		if _, _, err := unix.Recvfrom(fd, buffer, 0); err != nil {
+		// With a timeout the kernel does not go on by itself after one of the runtime's signals.
+		_, _, err := unix.Recvfrom(fd, buffer, 0)
+		for errors.Is(err, unix.EINTR) {
+			_, _, err = unix.Recvfrom(fd, buffer, 0)
+		}
+		if err != nil {
 			return fmt.Errorf("receive from %s: %w", t.Address, err)
 		}
 		(*times)[i] = int64(time.Since(start))
