@@ -161,7 +161,8 @@ var hookSizes = []int{1, 100, 1_000, 10_000, 20_000, 50_000}
 // of its own, since a machine's speed drifts: a block of 500 connects to one follows a block through the empty program, and
 // an operation of "slope" is such a pair of each number, in random order. It reports what each Service adds to the time above the
 // empty program, by a straight line over 100 to 50,000 Services, and the ends of that slope's 95 % interval. Then
-// "services=N" report the medians of the same blocks at N Services, so they do not run without "slope".
+// "services=N" report the medians of the same blocks at N Services, so they do not run without "slope", and "line" those of a program that does
+// nothing but read a random one of 65,536 cache lines in 8 MiB, as large as the table is: what any look-up among as many Services takes here.
 func BenchmarkHook(b *testing.B) {
 	const block = 500
 	statistics, err := ebpf.EnableStats(unix.BPF_STATS_RUN_TIME)
@@ -172,7 +173,7 @@ func BenchmarkHook(b *testing.B) {
 	plain := mustSinks(b)
 	mustAttachEmpty(b, plain.Cgroup)
 	empty := mustProgram(b, plain.Cgroup)
-	hooks := make([]func(*testing.B) float64, len(hookSizes)) // each times a block
+	hooks := make([]func(*testing.B) float64, len(hookSizes)+1) // each times a block; the last is the line's
 	for i, services := range hookSizes {
 		pod := mustSinks(b)
 		changes, random := mustCarry(b, pod, lb.Options{}, services)
@@ -183,27 +184,38 @@ func BenchmarkHook(b *testing.B) {
 		}
 	}
 
+	reader := mustSinks(b)
+	mustAttachReader(b, reader.Cgroup)
+	line := mustProgram(b, reader.Cgroup)
+	hooks[len(hookSizes)] = func(b *testing.B) float64 {
+		return perCall(b, line, func() { reader.ConnectTimes(b, block, sinks) })
+	}
+
 	// One for each -count, as all lines of a benchmark come before those of the next.
 	type run struct{ floor, mode [][]float64 } // by size, then by round
 	var runs []run
 	b.Run("slope", func(b *testing.B) {
-		r := run{make([][]float64, len(hookSizes)), make([][]float64, len(hookSizes))}
+		r := run{make([][]float64, len(hooks)), make([][]float64, len(hooks))}
 		order := rand.New(rand.NewPCG(1, 1))
 		for b.Loop() {
-			for _, i := range order.Perm(len(hookSizes)) {
+			for _, i := range order.Perm(len(hooks)) {
 				r.floor[i] = append(r.floor[i], perCall(b, empty, func() { plain.ConnectTimes(b, block, sinks) }))
 				r.mode[i] = append(r.mode[i], hooks[i](b))
 			}
 		}
 		runs = append(runs, r)
-		slope, low, high := results.Slope(hookSizes[1:], r.mode[1:], r.floor[1:], 1)
+		slope, low, high := results.Slope(hookSizes[1:], r.mode[1:len(hookSizes)], r.floor[1:len(hookSizes)], 1)
 		b.ReportMetric(slope, "slope-ns/service")
 		b.ReportMetric(low, "slope-lower-ns/service")
 		b.ReportMetric(high, "slope-upper-ns/service")
 	})
-	for i, services := range hookSizes {
+	for i := range hooks {
+		name := "line"
+		if i < len(hookSizes) {
+			name = fmt.Sprintf("services=%d", hookSizes[i])
+		}
 		next := 0
-		b.Run(fmt.Sprintf("services=%d", services), func(b *testing.B) {
+		b.Run(name, func(b *testing.B) {
 			if next == len(runs) {
 				b.Skip("skipped: its blocks are those of Hook/slope, which was not asked for")
 			}
@@ -225,15 +237,45 @@ func BenchmarkHook(b *testing.B) {
 // mustAttachEmpty puts a program that does nothing where the load balancer's would be.
 func mustAttachEmpty(b *testing.B, cgroup string) {
 	b.Helper()
-	empty, err := ebpf.NewProgram(&ebpf.ProgramSpec{
-		Type: ebpf.CGroupSockAddr, AttachType: ebpf.AttachCGroupInet4Connect, License: "Dual BSD/GPL",
-		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()},
+	mustAttach(b, cgroup, asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()})
+}
+
+// mustAttachReader puts one there that reads every second line of 8 MiB, at random.
+func mustAttachReader(b *testing.B, cgroup string) {
+	b.Helper()
+	lines, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 64, MaxEntries: 1 << 17, Flags: unix.BPF_F_MMAPABLE})
+	if err != nil {
+		b.Skipf("skipped: %v", err)
+	}
+	defer lines.Close()
+	mustAttach(b, cgroup, asm.Instructions{
+		asm.FnGetPrandomU32.Call(),
+		asm.And.Imm(asm.R0, 1<<16-1),
+		asm.LSh.Imm(asm.R0, 1),
+		asm.StoreMem(asm.RFP, -4, asm.R0, asm.Word),
+		asm.Mov.Reg(asm.R2, asm.RFP),
+		asm.Add.Imm(asm.R2, -4),
+		asm.LoadMapPtr(asm.R1, lines.FD()),
+		asm.FnMapLookupElem.Call(),
+		asm.JEq.Imm(asm.R0, 0, "end"),
+		asm.LoadMem(asm.R1, asm.R0, 0, asm.DWord),
+		// Subtle: the answer depends on what was read, as the program's time does then.
+		asm.JNE.Imm(asm.R1, 0, "end"),
+		asm.Mov.Imm(asm.R0, 1).WithSymbol("end"),
+		asm.Return(),
+	})
+}
+
+func mustAttach(b *testing.B, cgroup string, instructions asm.Instructions) {
+	b.Helper()
+	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.CGroupSockAddr, AttachType: ebpf.AttachCGroupInet4Connect, License: "Dual BSD/GPL", Instructions: instructions,
 	})
 	if err != nil {
 		b.Skipf("skipped: %v", err)
 	}
-	defer empty.Close()
-	l, err := link.AttachCgroup(link.CgroupOptions{Path: cgroup, Attach: ebpf.AttachCGroupInet4Connect, Program: empty})
+	defer program.Close()
+	l, err := link.AttachCgroup(link.CgroupOptions{Path: cgroup, Attach: ebpf.AttachCGroupInet4Connect, Program: program})
 	if err != nil {
 		b.Fatal(err)
 	}
