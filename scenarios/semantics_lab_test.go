@@ -397,6 +397,11 @@ func nodePort(address string) target {
 	return func(s *subject) string { return fmt.Sprint(address, ":", s.service.Spec.Ports[0].NodePort) }
 }
 
+// healthPort is where a load balancer asks whether the node has endpoints of the Service.
+func healthPort(s *subject) string {
+	return fmt.Sprint(nodeIP, ":", s.service.Spec.HealthCheckNodePort)
+}
+
 func external(port int) target {
 	return func(s *subject) string { return fmt.Sprint(s.externalIP(), ":", port) }
 }

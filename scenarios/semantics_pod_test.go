@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"net/rpc"
 	"os"
 	"strconv"
@@ -17,6 +18,7 @@ import (
 	"time"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/dataplane/lb/lbtest"
 )
 
 // What a lab starts of this test's binary, in place of plimsoll, when its plan names it: a pod of the test's own, which says more of
@@ -51,6 +53,9 @@ const (
 	notPermitted = "not permitted"
 	ended        = "ended"
 	taken        = "address taken"
+	unspoken     = "protocol not spoken"
+	healthy      = "200 OK" // of a health check
+	unhealthy    = "503 Service Unavailable"
 )
 
 // A guest is a process in a pod that a test gives orders to.
@@ -69,7 +74,7 @@ func mustStart(t *testing.T, pod clusters.Pod) *guest {
 	return &guest{pod, rpc.NewClient(stream{p.Stdout(), p.Stdin()})}
 }
 
-// listen has the guest answer at these addresses, over TCP and UDP.
+// listen has the guest answer at these addresses, over TCP, UDP and, as far as an association's beginning, SCTP.
 func (g *guest) listen(t *testing.T, addresses ...string) {
 	t.Helper()
 	if err := g.orders.Call("Orders.Listen", addresses, &struct{}{}); err != nil {
@@ -130,6 +135,9 @@ func (*Orders) Listen(addresses []string, _ *struct{}) error {
 		if err != nil {
 			return err
 		}
+		if err := lbtest.ListenSCTP(address); err != nil {
+			return err
+		}
 		go serveStreams(listener)
 		go servePackets(packets)
 	}
@@ -186,6 +194,15 @@ func (o *Orders) ask(q Question, i int) (server, client string, err error) {
 	if q.Loose {
 		return o.askLoosely(q)
 	}
+	if q.Network == "sctp" {
+		return lbtest.AskSCTP(q.Address, q.Patience)
+	}
+	if q.Network == "http" {
+		return "", "", getHealth(q)
+	}
+	if q.Network == "icmp" {
+		return "", "", ping(q)
+	}
 	conn, kept := o.kept[q.Keep]
 	if !kept {
 		if conn, err = o.dial(q); err != nil {
@@ -204,6 +221,41 @@ func (o *Orders) ask(q Question, i int) (server, client string, err error) {
 		}
 	}
 	return converse(conn, strconv.FormatInt(time.Now().UnixNano()+int64(i), 36), q.Patience)
+}
+
+// getHealth asks a health check's server, whose status is the error.
+func getHealth(q Question) error {
+	client := http.Client{Timeout: q.Patience, Transport: &http.Transport{DisableKeepAlives: true}}
+	response, err := client.Get("http://" + q.Address + "/healthz")
+	if err != nil {
+		return err
+	}
+	defer response.Body.Close()
+	return errors.New(response.Status)
+}
+
+// ping sends an echo request to the host of an address, to which no server here has an answer.
+func ping(q Question) error {
+	host, _, err := net.SplitHostPort(q.Address)
+	if err != nil {
+		return err
+	}
+	conn, err := net.Dial("ip4:icmp", host) // connected, it is told of errors
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(q.Patience)); err != nil {
+		return err
+	}
+	// Echo request, checksum, identifier, sequence number (RFC 792).
+	if _, err := conn.Write([]byte{8, 0, 0xf7, 0xfd, 0, 1, 0, 1}); err != nil {
+		return err
+	}
+	if _, err := conn.Read(make([]byte, 64)); err != nil {
+		return err
+	}
+	return errors.New("echo")
 }
 
 // Ports that UDP sockets are bound to, below those that the kernel gives out.
@@ -309,6 +361,8 @@ func errorOf(err error) string {
 		return ended
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
 		return taken
+	case errors.Is(err, syscall.ENOPROTOOPT): // by ICMP, from a kernel without SCTP
+		return unspoken
 	case errors.As(err, &late) && late.Timeout():
 		return silence
 	}

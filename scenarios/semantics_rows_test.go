@@ -32,6 +32,7 @@ const (
 	unlooked      = "kube-proxy looks for entries of conntrack that lead nowhere when endpoints change, the agent when an address does, too"
 	untold        = "the kernel tells an unconnected socket of no ICMP error (udp(7)); the hook has sendto(2) fail"
 	sameTuple     = "both sockets would be connected from one port to one port of the endpoint; NAT changes the client's port"
+	noSCTP        = "no socket hook sees SCTP, and the lab's agent of this mode has no devices, whose packets it would look at"
 	unmasqueraded = "a socket is connected to the endpoint before there is a packet, whose source is the client's own"
 )
 
@@ -134,6 +135,8 @@ func gone(t *testing.T, s *subject) {
 	s.service.Spec.ClusterIP = former
 }
 
+var sctp = []port{{protocol: corev1.ProtocolSCTP, port: 80}}
+
 var rows = []row{
 	{name: "ClusterIP over TCP", steps: []step{
 		{from: insiders, want: "near+far saw itself"},
@@ -142,6 +145,29 @@ var rows = []row{
 	{name: "ClusterIP over UDP", ports: []port{{protocol: corev1.ProtocolUDP, port: 80}}, steps: []step{
 		{from: insiders, network: "udp", want: "near+far saw itself"},
 		{from: fromOutside, network: "udp", want: "near+far saw node"},
+	}},
+	{name: "ClusterIP over SCTP", ports: sctp, steps: []step{
+		{from: insiders, network: "sctp", want: "near+far saw itself", differs: bySockets(silence), why: noSCTP},
+		{from: fromOutside, network: "sctp", want: "near+far saw node"},
+	}},
+	{name: "the world outside over SCTP", ports: sctp, service: all(balanced, externalIPs, externalLocal), steps: append(
+		externally(step{network: "sctp", from: fromOutside, want: "near saw outsider"}),
+		append(externally(step{change: endpoints(far), network: "sctp", from: fromOutside, want: silence}),
+			step{network: "sctp", from: fromPod, to: nodePort(nodeIP), want: "far saw pod", differs: bySockets(unspoken), why: noSCTP},
+			step{network: "sctp", from: fromPod, to: external(80), want: "far saw pod", differs: bySockets(silence), why: noSCTP},
+			step{network: "sctp", from: fromPod, to: ingress(80), want: "far saw pod", differs: bySockets(silence), why: noSCTP})...,
+	)},
+	{name: "affinity over SCTP", ports: sctp, service: affinity, steps: []step{
+		{network: "sctp", want: "one saw pod", differs: bySockets(silence), why: noSCTP},
+		{change: chosenLeaves, network: "sctp", want: "the other saw pod", differs: bySockets(silence), why: noSCTP},
+		{change: endpoints(near, far), network: "sctp", want: "the same saw pod", differs: bySockets(silence), why: noSCTP},
+	}},
+	{name: "no endpoints over SCTP", ports: sctp, service: nodePorts, endpoints: []endpoint{}, steps: []step{
+		{from: []string{"pod", "outsider"}, network: "sctp", want: refused, differs: bySockets(silence), why: noSCTP},
+		{from: fromOutside, network: "sctp", to: nodePort(nodeIP), want: refused},
+	}},
+	{name: "hairpin over SCTP", ports: sctp, endpoints: []endpoint{near}, steps: []step{
+		{from: []string{"near"}, network: "sctp", want: "near saw node", differs: bySockets(silence), why: noSCTP},
 	}},
 	{name: "named ports that differ from slice to slice", ports: []port{{name: "web", port: 80}, {name: "alt", port: 81, target: altPort}}, endpoints: []endpoint{near}, steps: []step{
 		{change: func(t *testing.T, s *subject) {
@@ -201,6 +227,11 @@ var rows = []row{
 	{name: "unknown port of a ClusterIP", steps: []step{
 		{from: anybody, to: clusterIP(81), want: refused, differs: together(byIPTables(silence), bySockets(silence)), why: unrouted},
 		{from: fromPod, network: "udp", to: clusterIP(81), want: refused, differs: together(byIPTables(silence), bySockets(silence)), why: unrouted},
+	}},
+	{name: "ping of a ClusterIP", steps: []step{
+		{from: []string{"pod", "outsider"}, network: "icmp", want: refused, differs: together(byIPTables(silence), bySockets(silence)), why: unrouted},
+		{from: fromNode, network: "icmp", want: refused,
+			differs: together(byIPTables(silence), bySockets(silence), map[string]string{"nftables": notPermitted}), why: unrouted + "; " + learntFirst},
 	}},
 	{name: "a ClusterIP of no Service", steps: []step{
 		{want: "near+far saw pod"},
@@ -274,6 +305,13 @@ var rows = []row{
 			step{from: fromNode, to: external(80), want: refused, differs: byIPTables(silence), why: notFromNode},
 			step{from: fromNode, to: ingress(80), want: refused, differs: byIPTables(silence), why: notFromNode})...,
 	)},
+	{name: "health check of a load balancer", service: all(balanced, externalLocal), steps: []step{
+		{from: anybody, network: "http", to: healthPort, want: healthy},
+		{change: endpoints(far), from: anybody, network: "http", to: healthPort, want: unhealthy},
+		{change: endpoints(near.terminates()), from: anybody, network: "http", to: healthPort, want: unhealthy},
+		{change: endpoints(near.terminates(), far), from: anybody, network: "http", to: healthPort, want: unhealthy},
+		{change: endpoints(near), from: anybody, network: "http", to: healthPort, want: healthy},
+	}},
 	{name: "external and internal policy Local", service: all(nodePorts, externalLocal, internalLocal), steps: []step{
 		{from: insiders, want: "near saw itself"},
 		{from: fromPod, to: nodePort(nodeIP), want: "near+far saw pod"},

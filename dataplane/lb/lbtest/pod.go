@@ -93,7 +93,7 @@ func (*Orders) AddAddress(cidr string, _ *struct{}) error {
 // Listen is the order of the same name.
 func (*Orders) Listen(t Target, _ *struct{}) error {
 	if t.Network == "sctp" {
-		return listenSCTP(t.Address)
+		return ListenSCTP(t.Address)
 	}
 	if t.Network == "udp" {
 		conn, err := net.ListenPacket(t.Network, t.Address)

@@ -80,8 +80,8 @@ func rawSCTP(a netip.Addr) string {
 	return "ip6:132"
 }
 
-// listenSCTP answers who begins an association at an address.
-func listenSCTP(address string) error {
+// ListenSCTP answers who begins an association at an address: with the address, and his own.
+func ListenSCTP(address string) error {
 	at, err := netip.ParseAddrPort(address)
 	if err != nil {
 		return err
@@ -103,7 +103,12 @@ func listenSCTP(address string) error {
 	return nil
 }
 
-// askSCTP begins an association and returns the server's answer.
+// AskSCTP begins an association and returns what the server answers, its address and the client's.
+func AskSCTP(address string, wait time.Duration) (server, client string, err error) {
+	s, err := askSCTP(address, wait)
+	return s.answer, s.client, err
+}
+
 func askSCTP(address string, wait time.Duration) (said, error) {
 	to, err := netip.ParseAddrPort(address)
 	if err != nil {
