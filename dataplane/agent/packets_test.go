@@ -231,6 +231,7 @@ func TestPacketsOverSCTP(t *testing.T) {
 // packets are looked at any more, it is gone.
 func TestPacketsOfTheNode(t *testing.T) {
 	r := newPacketRig(t, exposed(nil), slice("web-1", "http", v1.ProtocolTCP, endpoint(hereIP, thisNode), endpoint(thereIP, otherNode)))
+	r.patience = 30 * time.Second // the kernel makes one change of devices at a time, and namespaces that end make many
 	cfg := r.config()
 	cfg.LB.PinDir = lbtest.MountBPF(t)
 	end := r.run(cfg)
