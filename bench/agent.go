@@ -90,7 +90,7 @@ that are not. With --pin-dir all that goes on when the agent ends, until agent -
 	flags.IntVar(&cfg.LB.Services, "services-capacity", lb.DefaultServices, "most frontends (address, port, protocol) of each IP version at a time; those that clients outside the cluster see otherwise count twice")
 	flags.IntVar(&cfg.LB.Backends, "backends-capacity", lb.DefaultBackends, "most backends of each IP version, not counting those of IPv4 frontends with up to three, rounded up to a power of two")
 	flags.IntVar(&cfg.LB.Affinities, "affinity-capacity", lb.DefaultAffinities, "clients that are remembered for Services with ClientIP affinity, each Service counted apart")
-	flags.BoolVar(&cfg.LB.PeerNames, "peer-names", false, "have getpeername(2) name the Service on TCP sockets too, at a cost for each connect")
+	flags.BoolVar(&cfg.LB.PeerNames, "peer-names", false, "have getpeername(2) name the Service on TCP sockets too, at a cost for each connect and close, and 4 MiB")
 	flags.IntVarP(&verbosity, "v", "v", 0, "log verbosity, as kube-proxy's")
 	return cmd
 }

@@ -63,8 +63,14 @@ func dumpText(out io.Writer, frontends []lb.Change) error {
 		if f.Masquerade {
 			backends += " (masqueraded)"
 		}
-		if len(f.Ranges) > 0 {
+		if len(f.Lingering) > 0 {
+			backends += " (lingering: " + joined(f.Lingering) + ")"
+		}
+		switch {
+		case len(f.Ranges) > 0:
 			clients = joined(f.Ranges)
+		case f.Ranges != nil:
+			clients = "none" // there was no room for its ranges
 		}
 		affinity := "none"
 		if f.Affinity.Timeout > 0 {
@@ -84,12 +90,13 @@ func joined[T any](all []T) string {
 type dumpedFrontend struct {
 	Address    netip.AddrPort   `json:"address"`
 	Protocol   string           `json:"protocol"`
-	Scope      string           `json:"scope"`                   // inside, outside or rest
-	Affinity   float64          `json:"affinity_seconds"`        // 0: none
-	Ranges     []netip.Prefix   `json:"source_ranges,omitempty"` // of clients; none: all
+	Scope      string           `json:"scope"`                  // inside, outside or rest
+	Affinity   float64          `json:"affinity_seconds"`       // 0: none
+	Ranges     []netip.Prefix   `json:"source_ranges,omitzero"` // of clients; missing: all; empty: there was no room for them
 	Masquerade bool             `json:"masquerade,omitempty"`
-	Drop       bool             `json:"drop,omitempty"` // without backends, instead of refusing
-	Backends   []netip.AddrPort `json:"backends"`       // empty: connects are refused, or packets dropped
+	Drop       bool             `json:"drop,omitempty"`      // without backends, instead of refusing
+	Lingering  []netip.AddrPort `json:"lingering,omitempty"` // backends that are left to the flows that have them
+	Backends   []netip.AddrPort `json:"backends"`            // empty: connects are refused, or packets dropped
 }
 
 func dumpJSON(out io.Writer, frontends []lb.Change) error {
@@ -97,7 +104,7 @@ func dumpJSON(out io.Writer, frontends []lb.Change) error {
 	for i, f := range frontends {
 		all[i] = dumpedFrontend{
 			f.Frontend.Address, f.Frontend.Protocol.String(), f.Frontend.Scope.String(), f.Affinity.Timeout.Seconds(),
-			append([]netip.Prefix{}, f.Ranges...), f.Masquerade, f.Drop, append([]netip.AddrPort{}, f.Backends...),
+			f.Ranges, f.Masquerade, f.Drop, f.Lingering, append([]netip.AddrPort{}, f.Backends...),
 		}
 	}
 	e := json.NewEncoder(out)

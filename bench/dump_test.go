@@ -32,7 +32,7 @@ func TestDumpPrintsWhatIsCarried(t *testing.T) {
 	}
 	ap := netip.MustParseAddrPort
 	err = b.Sync([]lb.Change{
-		{Frontend: lb.Frontend{Address: ap("[fd00:96::10]:53"), Protocol: lb.UDP}, Backends: []netip.AddrPort{ap("[fd00::1]:5353")}},
+		{Frontend: lb.Frontend{Address: ap("[fd00:96::10]:53"), Protocol: lb.UDP}, Backends: []netip.AddrPort{ap("[fd00::1]:5353")}, Lingering: []netip.AddrPort{ap("[fd00::2]:5353")}},
 		{Frontend: lb.Frontend{Address: ap("10.96.0.10:80"), Protocol: lb.TCP}, Backends: []netip.AddrPort{ap("10.0.0.1:8080"), ap("10.0.0.2:8080")},
 			Affinity: lb.Affinity{ID: 1, Timeout: 3 * time.Hour}},
 		{Frontend: lb.Frontend{Address: ap("10.96.0.11:80"), Protocol: lb.TCP}},
@@ -52,7 +52,7 @@ func TestDumpPrintsWhatIsCarried(t *testing.T) {
 10.96.0.11:80/tcp              none      all              none: refused
 192.0.2.1:80/tcp from outside  none      198.51.100.0/24  10.0.0.1:8080 (masqueraded)
 192.0.2.2:80/tcp               none      all              none: dropped
-[fd00:96::10]:53/udp           none      all              [fd00::1]:5353
+[fd00:96::10]:53/udp           none      all              [fd00::1]:5353 (lingering: [fd00::2]:5353)
 `
 	if err != nil || text != want {
 		t.Errorf("want\n%s\ngot\n%s, %v", want, text, err)
@@ -64,7 +64,7 @@ func TestDumpPrintsWhatIsCarried(t *testing.T) {
 		`{ "address": "10.96.0.11:80", "protocol": "tcp", "scope": "inside", "affinity_seconds": 0, "backends": [] }, ` +
 		`{ "address": "192.0.2.1:80", "protocol": "tcp", "scope": "outside", "affinity_seconds": 0, "source_ranges": [ "198.51.100.0/24" ], "masquerade": true, "backends": [ "10.0.0.1:8080" ] }, ` +
 		`{ "address": "192.0.2.2:80", "protocol": "tcp", "scope": "inside", "affinity_seconds": 0, "drop": true, "backends": [] }, ` +
-		`{ "address": "[fd00:96::10]:53", "protocol": "udp", "scope": "inside", "affinity_seconds": 0, "backends": [ "[fd00::1]:5353" ] } ]`
+		`{ "address": "[fd00:96::10]:53", "protocol": "udp", "scope": "inside", "affinity_seconds": 0, "lingering": [ "[fd00::2]:5353" ], "backends": [ "[fd00::1]:5353" ] } ]`
 	if err != nil || text != want {
 		t.Errorf("want\n%s\ngot\n%s, %v", want, text, err)
 	}

@@ -43,8 +43,15 @@ func Dump(pinDir string) (_ []Change, err error) {
 		return nil, fmt.Errorf("maps in %s: %w", dir, err)
 	}
 	all = append(all, rest...)
-	if err := dumpRanges(filepath.Join(dir, socketMapRanges), all); err != nil {
+	ranges, lingering := newAnnex(rangeKeyOf), newAnnex(lingerKeyOf)
+	if err := errors.Join(ranges.open(filepath.Join(dir, socketMapRanges)), lingering.open(filepath.Join(dir, socketMapLingering))); err != nil {
 		return nil, fmt.Errorf("maps in %s: %w", dir, err)
+	}
+	for i, c := range all {
+		if c.Ranges != nil {
+			all[i].Ranges = append(c.Ranges, ranges.of[c.Frontend]...)
+		}
+		all[i].Lingering = lingering.of[c.Frontend]
 	}
 	slices.SortFunc(all, func(a, b Change) int {
 		return cmp.Or(a.Frontend.Address.Compare(b.Frontend.Address), cmp.Compare(a.Frontend.Protocol, b.Frontend.Protocol), cmp.Compare(a.Frontend.Scope, b.Frontend.Scope))
@@ -70,22 +77,13 @@ func dumpAddresses(path string) (all []Change, err error) {
 	return all, nil
 }
 
-// dumpRanges tells the frontends what a pinned map has of them. It may be changing: a range that is on its way is there or not.
-func dumpRanges(path string, all []Change) error {
-	m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
-	if err != nil {
+// open learns what a pinned map holds. It may be changing: what is on its way is there or not.
+func (a *annex[T, K]) open(path string) (err error) {
+	if a.programs, err = ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true}); err != nil {
 		return err
 	}
-	defer m.Close()
-	r := newAnnex(rangeKeyOf)
-	r.programs = m
-	if err := r.takeOver(); err != nil {
-		return err
-	}
-	for i := range all {
-		all[i].Ranges = r.of[all[i].Frontend]
-	}
-	return nil
+	defer a.programs.Close()
+	return a.takeOver()
 }
 
 // dump lists what two pinned maps hold.
@@ -153,7 +151,7 @@ func (f *family) read(k key, e *entry) (Change, bool) {
 				c.Backends = append(c.Backends, backendOf(s))
 			}
 			if w&ranged != 0 {
-				c.Ranges = []netip.Prefix{} // which ones does not stand here
+				c.Ranges = []netip.Prefix{} // which ones stands elsewhere
 			}
 			return c, true
 		}

@@ -422,7 +422,9 @@ func TestFullMaps(t *testing.T) {
 	})
 	// What was for all is not left so when there is no room for who it shall be for.
 	t.Run("ranges", func(t *testing.T) {
-		b := mustLoad(t, pod, lb.Options{Services: 2})
+		pinDir := lbtest.MountBPF(t)
+		b := mustLoad(t, pod, lb.Options{Services: 2, PinDir: pinDir})
+		defer b.Detach()
 		if err := b.SetSources(cookieOf(t, pod), lb.Sources{IPv4: netip.MustParseAddr("10.9.8.7")}); err != nil {
 			t.Fatal(err)
 		}
@@ -442,6 +444,10 @@ func TestFullMaps(t *testing.T) {
 		saved, err := b.Changes()
 		if err != nil || len(saved) != 1 || saved[0].Frontend != other.Frontend {
 			t.Errorf("want %v alone to be saved, got %v, %v", other.Frontend, saved, err)
+		}
+		dumped, err := lb.Dump(pinDir)
+		if err != nil || len(dumped) != 2 || dumped[0].Ranges == nil || len(dumped[0].Ranges) != 0 || len(dumped[1].Ranges) != 2 {
+			t.Errorf("want no clients of %v and two ranges of %v, got %v, %v", guarded.Frontend, other.Frontend, dumped, err)
 		}
 
 		other.Ranges = ranges("10.1.0.0/16")
