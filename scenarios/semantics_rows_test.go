@@ -307,10 +307,10 @@ var rows = []row{
 	)},
 	{name: "health check of a load balancer", service: all(balanced, externalLocal), steps: []step{
 		{from: anybody, network: "http", to: healthPort, want: healthy},
-		{change: endpoints(far), from: anybody, network: "http", to: healthPort, want: unhealthy},
-		{change: endpoints(near.terminates()), from: anybody, network: "http", to: healthPort, want: unhealthy},
-		{change: endpoints(near.terminates(), far), from: anybody, network: "http", to: healthPort, want: unhealthy},
-		{change: endpoints(near), from: anybody, network: "http", to: healthPort, want: healthy},
+		{change: endpoints(far), from: anybody, network: "http", to: healthPort, slow: true, want: unhealthy},
+		{change: endpoints(near.terminates()), from: anybody, network: "http", to: healthPort, slow: true, want: unhealthy},
+		{change: endpoints(near.terminates(), far), from: anybody, network: "http", to: healthPort, slow: true, want: unhealthy},
+		{change: endpoints(near), from: anybody, network: "http", to: healthPort, slow: true, want: healthy},
 	}},
 	{name: "external and internal policy Local", service: all(nodePorts, externalLocal, internalLocal), steps: []step{
 		{from: insiders, want: "near saw itself"},
