@@ -191,16 +191,14 @@ func (o *Orders) Ask(q Question, outcome *Outcome) error {
 }
 
 func (o *Orders) ask(q Question, i int) (server, client string, err error) {
-	if q.Loose {
+	switch {
+	case q.Loose:
 		return o.askLoosely(q)
-	}
-	if q.Network == "sctp" {
+	case q.Network == "sctp":
 		return lbtest.AskSCTP(q.Address, q.Patience)
-	}
-	if q.Network == "http" {
+	case q.Network == "http":
 		return "", "", getHealth(q)
-	}
-	if q.Network == "icmp" {
+	case q.Network == "icmp":
 		return "", "", ping(q)
 	}
 	conn, kept := o.kept[q.Keep]

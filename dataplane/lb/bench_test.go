@@ -68,11 +68,12 @@ func mustStay(b *testing.B) stay {
 func (s stay) compare(b *testing.B, direct, mode func() []int64) {
 	b.Helper()
 	order := rand.New(rand.NewPCG(1, 1))
+	cgroups, blocks := [2]string{s.plain, s.translated}, [2]func() []int64{direct, mode}
 	var times [2][]float64
 	for b.Loop() {
 		for _, i := range order.Perm(2) {
-			s.MoveTo(b, []string{s.plain, s.translated}[i])
-			times[i] = append(times[i], float64(median([]func() []int64{direct, mode}[i]())))
+			s.MoveTo(b, cgroups[i])
+			times[i] = append(times[i], float64(median(blocks[i]())))
 		}
 	}
 	var added, ratios []float64
@@ -95,46 +96,43 @@ func (s stay) compare(b *testing.B, direct, mode func() []int64) {
 // names cost something, too.
 func BenchmarkConnect(b *testing.B) {
 	const block = 150
-	other := func(s stay) func() []int64 { return func() []int64 { return s.ConnectTimes(b, block, sinks) } }
+	type timer func(*lbtest.Pod, testing.TB, int, []string) []int64
+	connects, sockets := timer((*lbtest.Pod).ConnectTimes), timer((*lbtest.Pod).SocketTimes)
 	mustSinkStay := func(b *testing.B) stay {
 		s := mustStay(b)
 		mustSink(b, s.Pod)
 		return s
 	}
-	whole := func(s stay) func() []int64 { return func() []int64 { return s.SocketTimes(b, block, sinks) } }
+	other := func(b *testing.B, s stay, times timer) func() []int64 {
+		return func() []int64 { return times(s.Pod, b, block, sinks) }
+	}
 	b.Run("nothing", func(b *testing.B) {
 		s := mustSinkStay(b)
-		s.compare(b, other(s), other(s))
+		s.compare(b, other(b, s, connects), other(b, s, connects))
 	})
 	b.Run("empty", func(b *testing.B) {
 		s := mustSinkStay(b)
 		mustAttachEmpty(b, s.Cgroup)
-		s.compare(b, other(s), other(s))
+		s.compare(b, other(b, s, connects), other(b, s, connects))
 	})
 	for _, options := range []lb.Options{{}, {PeerNames: true}} {
-		for _, services := range []int{1, 50_000} {
-			name := fmt.Sprintf("peer-names=%t/services=%d/to=", options.PeerNames, services)
-			b.Run(name+"service", func(b *testing.B) {
+		for _, of := range []struct {
+			services int
+			suffix   string
+			times    timer
+		}{{1, "", connects}, {50_000, "", connects}, {1, "/whole", sockets}} {
+			name := fmt.Sprintf("peer-names=%t/services=%d/to=", options.PeerNames, of.services)
+			b.Run(name+"service"+of.suffix, func(b *testing.B) {
 				s := mustSinkStay(b)
-				changes, random := mustCarry(b, s.Pod, options, services)
-				s.compare(b, other(s), func() []int64 { return s.ConnectTimes(b, block, randomTargets(random, changes, block)) })
+				changes, random := mustCarry(b, s.Pod, options, of.services)
+				s.compare(b, other(b, s, of.times), func() []int64 { return of.times(s.Pod, b, block, randomTargets(random, changes, block)) })
 			})
-			b.Run(name+"other", func(b *testing.B) {
+			b.Run(name+"other"+of.suffix, func(b *testing.B) {
 				s := mustSinkStay(b)
-				mustCarry(b, s.Pod, options, services)
-				s.compare(b, other(s), other(s))
+				mustCarry(b, s.Pod, options, of.services)
+				s.compare(b, other(b, s, of.times), other(b, s, of.times))
 			})
 		}
-		b.Run(fmt.Sprintf("peer-names=%t/services=1/to=service/whole", options.PeerNames), func(b *testing.B) {
-			s := mustSinkStay(b)
-			changes, _ := mustCarry(b, s.Pod, options, 1)
-			s.compare(b, whole(s), func() []int64 { return s.SocketTimes(b, block, []string{changes[0].Frontend.Address.String()}) })
-		})
-		b.Run(fmt.Sprintf("peer-names=%t/services=1/to=other/whole", options.PeerNames), func(b *testing.B) {
-			s := mustSinkStay(b)
-			mustCarry(b, s.Pod, options, 1)
-			s.compare(b, whole(s), whole(s))
-		})
 	}
 }
 

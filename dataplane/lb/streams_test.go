@@ -16,20 +16,14 @@ func TestPeerNamesOfMany(t *testing.T) {
 	onEach(t, func(t *testing.T, pod *lbtest.Pod, g ground) {
 		b := mustLoad(t, pod, lb.Options{PeerNames: true})
 		mustSync(t, b, to(tcp(g.vip), g.first, g.second), to(tcp(g.neighbour), g.first))
-		wantStreams := func(n int) {
-			t.Helper()
-			if got := len(takenStreams(t, b)); got != n {
-				t.Errorf("want %d streams in the map, got %d", n, got)
-			}
-		}
 		pod.Hold(t, g.tcp, g.vip, 500)
 		pod.Hold(t, g.tcp, g.neighbour, 500)
 		pod.Hold(t, g.tcp, g.first, 10) // no Service
 		want := map[string]int{g.vip: 500, g.neighbour: 500, g.first: 10}
 		wantHeld(t, pod, want)
-		wantStreams(1000)
+		wantStreams(t, b, 1000)
 		pod.LetGo(t)
-		wantStreams(0)
+		wantStreams(t, b, 0)
 
 		// All places are somebody else's: then the sockets keep it themselves, and leave alone what is not theirs.
 		streams := b.Streams()
@@ -44,7 +38,7 @@ func TestPeerNamesOfMany(t *testing.T) {
 		pod.Hold(t, g.tcp, g.neighbour, 20)
 		wantHeld(t, pod, map[string]int{g.vip: 20, g.neighbour: 20})
 		pod.LetGo(t)
-		wantStreams(int(streams.MaxEntries()))
+		wantStreams(t, b, int(streams.MaxEntries()))
 	})
 }
 
@@ -61,9 +55,7 @@ func TestPeerNamesOfOneSocket(t *testing.T) {
 		if address != "127.0.0.1:8080" {
 			wantHeld(t, pod, map[string]int{address: 3})
 		}
-		if got := len(takenStreams(t, b)); got != 3 {
-			t.Errorf("want 3 streams, got %d", got)
-		}
+		wantStreams(t, b, 3)
 	}
 }
 
@@ -99,9 +91,7 @@ func TestPinnedPeerNames(t *testing.T) {
 	pod.LetGo(t)
 
 	last := load(true)
-	if got := len(takenStreams(t, last)); got != 0 {
-		t.Errorf("sockets that were closed meanwhile: want no streams, got %d", got)
-	}
+	wantStreams(t, last, 0) // of sockets that were closed meanwhile
 	pod.Hold(t, "tcp", vip, 3)
 	wantHeld(t, pod, map[string]int{vip: 3})
 	if err := errors.Join(last.Detach(), last.Close()); err != nil {
@@ -109,21 +99,23 @@ func TestPinnedPeerNames(t *testing.T) {
 	}
 }
 
-// takenStreams are the cookies in the map of streams.
-func takenStreams(tb testing.TB, b *lb.Balancer) (cookies []uint64) {
+// wantStreams fails the test unless so many sockets have names in the map.
+func wantStreams(tb testing.TB, b *lb.Balancer, want int) {
 	tb.Helper()
 	var index uint32
 	var stream [8]uint64
-	all := b.Streams().Iterate()
+	got, all := 0, b.Streams().Iterate()
 	for all.Next(&index, &stream) {
 		if stream[0] != 0 {
-			cookies = append(cookies, stream[0])
+			got++
 		}
 	}
 	if err := all.Err(); err != nil {
 		tb.Fatal(err)
 	}
-	return cookies
+	if got != want {
+		tb.Errorf("want %d streams in the map, got %d", want, got)
+	}
 }
 
 // wantHeld fails the test unless the held sockets have these peers.

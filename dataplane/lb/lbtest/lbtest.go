@@ -316,16 +316,18 @@ func (p *Pod) Sink(tb testing.TB, address string) {
 // ConnectTimes times n raw connect(2) calls to addresses in turn, in nanoseconds; each socket is closed by RST.
 func (p *Pod) ConnectTimes(tb testing.TB, n int, addresses []string) []int64 {
 	tb.Helper()
-	var times []int64
-	p.do(tb, "ConnectTimes", Timing{N: n, Addresses: addresses}, &times)
-	return times
+	return p.times(tb, Timing{N: n, Addresses: addresses})
 }
 
 // SocketTimes is the same from socket(2) to the end of close(2).
 func (p *Pod) SocketTimes(tb testing.TB, n int, addresses []string) []int64 {
 	tb.Helper()
-	var times []int64
-	p.do(tb, "ConnectTimes", Timing{N: n, Addresses: addresses, Whole: true}, &times)
+	return p.times(tb, Timing{N: n, Addresses: addresses, Whole: true})
+}
+
+func (p *Pod) times(tb testing.TB, t Timing) (times []int64) {
+	tb.Helper()
+	p.do(tb, "ConnectTimes", t, &times)
 	return times
 }
 
