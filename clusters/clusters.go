@@ -49,6 +49,12 @@ type ProxySpec struct {
 	Packets bool
 	// ConntrackHooks installs an inert table that keeps conntrack and the NAT hooks alive, and nothing else.
 	ConntrackHooks bool
+	// MasqueradeAll has endpoints see an address of the node, whoever asks at a ClusterIP.
+	MasqueradeAll bool
+	// LocalMode is how the proxy tells clients inside the cluster from those outside (kube-proxy's detectLocalMode); empty is by the
+	// ranges of pods. For InterfaceNamePrefix pods are behind devices whose names begin with PodInterfaces, for BridgeInterface behind
+	// the bridge of that name.
+	LocalMode, PodInterfaces string
 	// MinSyncPeriod is the shortest time between two syncs of the proxy. Nil leaves the proxy's own default.
 	MinSyncPeriod *time.Duration
 }

@@ -6,14 +6,19 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
+	"net"
 	"net/netip"
 	"os"
 	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -28,12 +33,32 @@ import (
 	"github.com/plimsoll-bench/plimsoll/dataplane"
 )
 
+// A family is what tests ask by, and whose addresses they ask.
+type family struct {
+	name                                 corev1.IPFamily
+	number                               int    // among the addresses of a pod of the lab
+	node, other, outsider, localhost     string // other is the node's second address
+	externals, ingresses                 string // how addresses for the world outside begin, which sites have of their own
+	ofInsiders, ofOutsiders, ofEverybody string // ranges
+}
+
+var families = []family{
+	{
+		name: corev1.IPv4Protocol, number: 0, node: "198.18.0.1", other: "198.18.0.200", outsider: "198.51.100.9", localhost: "127.0.0.1",
+		externals: "203.0.113.1", ingresses: "203.0.113.2", ofInsiders: "198.18.0.0/24", ofOutsiders: "198.51.100.0/24", ofEverybody: "0.0.0.0/0",
+	},
+	{
+		name: corev1.IPv6Protocol, number: 1, node: "2001:2::1", other: "2001:2::200", outsider: "2001:db8:9::9", localhost: "::1",
+		externals: "2001:db8:113::1", ingresses: "2001:db8:113::2", ofInsiders: "2001:2::/120", ofOutsiders: "2001:db8:9::/64", ofEverybody: "::/0",
+	},
+}
+
+// addressType is the name that slices have for it.
+func (f family) addressType() discoveryv1.AddressType { return discoveryv1.AddressType(f.name) }
+
 const (
-	outsiderIP = "198.51.100.9" // beyond the node's uplink
-	nodeIP     = "198.18.0.1"
-	otherIP    = "198.18.0.200" // the node's second address
-	zone       = "here"         // the zone of all nodes
-	elsewhere  = "elsewhere"    // the node of endpoints that are not local, and another zone
+	zone      = "here"      // the zone of all nodes
+	elsewhere = "elsewhere" // the node of endpoints that are not local, and another zone
 
 	// Servers listen at both ports, so that it shows which of a Service's ports they were asked by.
 	webPort, altPort = 9000, 9001
@@ -51,16 +76,17 @@ var leftOut = map[string]map[string]string{
 // bears its mode's name: an endpoint is local to one of them at most, so each has Services of its own.
 type site struct {
 	clusters.Site
+	family
 	mode   string
-	number int
+	seat   int // among the sites
 	api    kubernetes.Interface
 	guests map[string]*guest // pod, near, far, node, outsider
 	// names are what tests call addresses.
 	names map[string]string
 }
 
-// mustOpenSites opens a lab with one node for each mode that this host carries, but for the floors.
-func mustOpenSites(t *testing.T) []*site {
+// mustOpenSites opens a lab with one node for each mode that this host carries, but for the floors, of which change has made what it likes.
+func mustOpenSites(t *testing.T, change func(*clusters.ProxySpec)) []*site {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("stands up a lab: not in -short")
@@ -85,6 +111,7 @@ func mustOpenSites(t *testing.T) []*site {
 		} else if err != nil {
 			t.Fatalf("%s: %v", m.Name(), err)
 		}
+		change(&spec)
 		plan.Sites = append(plan.Sites, spec)
 	}
 	made, err := lab.Provider{}.Create(t.Context(), plan)
@@ -113,29 +140,39 @@ func mustOpenSites(t *testing.T) []*site {
 }
 
 // mustMoveIn starts the guests of a site.
-func mustMoveIn(t *testing.T, s clusters.Site, number int, api kubernetes.Interface) *site {
+func mustMoveIn(t *testing.T, s clusters.Site, seat int, api kubernetes.Interface) *site {
 	t.Helper()
 	hostPod, err := lab.HostPod(s)
 	if err != nil {
 		t.Fatal(err)
 	}
-	outsider, err := lab.Outsider(s, netip.MustParseAddr(outsiderIP))
+	var beyond []netip.Addr
+	for _, f := range families {
+		beyond = append(beyond, netip.MustParseAddr(f.outsider))
+	}
+	outsider, err := lab.Outsider(s, beyond...)
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := &site{Site: s, mode: s.Spec().Name, number: number, api: api, names: map[string]string{}, guests: map[string]*guest{}}
+	m := &site{Site: s, mode: s.Spec().Name, seat: seat, api: api, names: map[string]string{}, guests: map[string]*guest{}}
 	for name, pod := range map[string]clusters.Pod{
 		"pod": s.Client(), "node": hostPod, "outsider": outsider, "near": s.Backends()[0], "far": s.Backends()[1],
 	} {
-		m.guests[name], m.names[pod.Address().String()] = mustStart(t, pod), name
+		m.guests[name] = mustStart(t, pod)
+		for _, a := range m.guests[name].addresses {
+			m.names[a.String()] = name
+		}
 	}
 	for _, name := range []string{"near", "far"} {
 		var addresses []string
-		for i := range listening {
-			at := m.address(name, i)
-			web, alt := fmt.Sprint(at, ":", webPort), fmt.Sprint(at, ":", altPort)
-			addresses = append(addresses, web, alt)
-			m.names[web], m.names[alt] = name, name+"-alt"
+		for _, f := range families {
+			m.family = f
+			for i := range listening {
+				at := m.address(name, i)
+				web, alt := join(at, webPort), join(at, altPort)
+				addresses = append(addresses, web, alt)
+				m.names[web], m.names[alt] = name, name+"-alt"
+			}
 		}
 		m.guests[name].listen(t, addresses...)
 	}
@@ -145,18 +182,23 @@ func mustMoveIn(t *testing.T, s clusters.Site, number int, api kubernetes.Interf
 	}
 	err = s.Enter(func() error {
 		// The kernel limits the rate of the ICMP errors that kube-proxy refuses by. What is asked here is whether they come.
-		if err := os.WriteFile("/proc/sys/net/ipv4/icmp_ratelimit", []byte("0"), 0); err != nil {
-			return err
+		for _, name := range []string{"ipv4/icmp_ratelimit", "ipv6/icmp/ratelimit"} {
+			if err := os.WriteFile("/proc/sys/net/"+name, []byte("0"), 0); err != nil {
+				return err
+			}
 		}
 		eth0, err := netlink.LinkByName("eth0")
 		if err != nil {
 			return err
 		}
-		address, err := netlink.ParseAddr(otherIP + "/32")
-		if err != nil {
-			return err
+		for _, f := range families {
+			// Deprecated, because the kernel would take the newer of two addresses as the source of what the node sends over IPv6.
+			address := &netlink.Addr{IPNet: netlink.NewIPNet(net.ParseIP(f.other)), Flags: unix.IFA_F_NODAD, ValidLft: math.MaxInt32}
+			if err := netlink.AddrAdd(eth0, address); err != nil {
+				return err
+			}
 		}
-		return netlink.AddrAdd(eth0, address)
+		return nil
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -166,11 +208,16 @@ func mustMoveIn(t *testing.T, s clusters.Site, number int, api kubernetes.Interf
 
 // address is one of those where a backend pod has servers.
 func (s *site) address(backend string, i int) string {
-	a := s.guests[backend].Address()
+	a := s.guests[backend].addresses[s.number]
 	for range i {
 		a = a.Next()
 	}
 	return a.String()
+}
+
+// join is net.JoinHostPort for a number.
+func join[T ~int | ~int32](host string, port T) string {
+	return net.JoinHostPort(host, strconv.Itoa(int(port)))
 }
 
 // named are the tests' names for addresses, or these where there are none.
@@ -185,27 +232,56 @@ func (s *site) named(address string) string {
 func (s *site) leavesOut(client string) string { return leftOut[s.mode][client] }
 
 // externalIP and ingressIP are the site's own, as two Services cannot have one address for the world outside.
-func (s *site) externalIP() string { return fmt.Sprint("203.0.113.", 10+s.number) }
-func (s *site) ingressIP() string  { return fmt.Sprint("203.0.113.", 110+s.number) }
+func (s *site) externalIP() string { return fmt.Sprint(s.externals, s.seat) }
+func (s *site) ingressIP() string  { return fmt.Sprint(s.ingresses, s.seat) }
 
-// A field is a lab's sites, and a Service that tells when their proxies have seen to all that was written.
+// A field is a lab's sites by one family, and a Service that tells when their proxies have seen to all of it that was written.
 type field struct {
 	sites  []*site
 	marker *subject
 	turn   int
 }
 
-func mustOpenField(t *testing.T) *field {
+// mustOpenFields opens a lab, which has a field of each family.
+func mustOpenFields(t *testing.T, change func(*clusters.ProxySpec)) []*field {
 	t.Helper()
-	f := &field{sites: mustOpenSites(t)}
-	f.marker = f.sites[0].newSubject("marker", []port{{port: 1}}, nil)
-	f.marker.create(t)
-	return f
+	sites := mustOpenSites(t, change)
+	var fields []*field
+	for _, by := range families {
+		f := &field{}
+		for _, s := range sites {
+			s := *s
+			s.family = by
+			f.sites = append(f.sites, &s)
+		}
+		f.marker = f.sites[0].newSubject("marker-"+f.name(), []port{{port: 1}}, nil)
+		f.marker.create(t)
+		fields = append(fields, f)
+	}
+	return fields
 }
+
+// name is the family's, as names of Services are written.
+func (f *field) name() string { return strings.ToLower(string(f.sites[0].family.name)) }
 
 // settle returns when every proxy has carried out what was written before. A proxy has two watches, of Services and of slices: the
 // marker changes in both, and by the time that it answers at its new port with its new server, what came before has been seen.
 func (f *field) settle(t *testing.T) {
+	t.Helper()
+	f.mark(t, f.sites)
+	// Subtle: kube-proxy carries out at once what it has seen; the agent goes from Service to Service, and SCTP's take milliseconds. What
+	// it carries out next comes after all of that.
+	var agents []*site
+	for _, s := range f.sites {
+		if s.Spec().Agent {
+			agents = append(agents, s)
+		}
+	}
+	f.mark(t, agents)
+}
+
+// mark changes the marker and returns when these sites carry it.
+func (f *field) mark(t *testing.T, sites []*site) {
 	t.Helper()
 	f.turn++
 	p := port{protocol: corev1.ProtocolTCP, port: int32(1 + f.turn), target: webPort}
@@ -220,12 +296,12 @@ func (f *field) settle(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), within)
 	defer cancel()
 	var g errgroup.Group
-	for _, s := range f.sites {
+	for _, s := range sites {
 		q := Question{Network: "tcp", Address: clusterIP(int(p.port))(f.marker), N: 1, Patience: 50 * time.Millisecond}
 		g.Go(func() error {
 			return host.Poll(ctx, s.mode+" to carry what was written", func() (bool, error) {
 				o := s.guests["pod"].ask(q)
-				return o.Servers[fmt.Sprint(s.address("near", 0), ":", p.target)] == 1, fmt.Errorf("%v", o)
+				return o.Servers[join(s.address("near", 0), p.target)] == 1, fmt.Errorf("%v", o)
 			})
 		})
 	}
@@ -270,7 +346,10 @@ type subject struct {
 
 // newSubject is a Service that change has made something of, and that is nowhere yet.
 func (s *site) newSubject(name string, ports []port, change func(*site, *corev1.Service)) *subject {
-	service := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: metav1.NamespaceDefault}}
+	service := &corev1.Service{
+		ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: metav1.NamespaceDefault},
+		Spec:       corev1.ServiceSpec{IPFamilies: []corev1.IPFamily{s.family.name}},
+	}
 	for i := range ports {
 		if ports[i].target == 0 {
 			ports[i].target = webPort
@@ -336,7 +415,7 @@ func (s *subject) setSlice(t *testing.T, number int, ports []port, labels map[st
 	t.Helper()
 	slice := &discoveryv1.EndpointSlice{
 		ObjectMeta:  metav1.ObjectMeta{Name: fmt.Sprint(s.service.Name, "-", number), Namespace: s.service.Namespace, Labels: map[string]string{discoveryv1.LabelServiceName: s.service.Name}},
-		AddressType: discoveryv1.AddressTypeIPv4,
+		AddressType: s.addressType(),
 	}
 	for name, value := range labels {
 		slice.Labels[name] = value
@@ -389,23 +468,27 @@ func (s *site) endpoint(e endpoint) discoveryv1.Endpoint {
 type target func(*subject) string
 
 func clusterIP(port int) target {
-	return func(s *subject) string { return fmt.Sprint(s.service.Spec.ClusterIP, ":", port) }
+	return func(s *subject) string { return join(s.service.Spec.ClusterIP, port) }
 }
 
-// nodePort is the NodePort of the Service's first port at an address.
-func nodePort(address string) target {
-	return func(s *subject) string { return fmt.Sprint(address, ":", s.service.Spec.Ports[0].NodePort) }
+// nodePort is the NodePort of the Service's first port at an address of the node.
+func nodePort(at func(family) string) target {
+	return func(s *subject) string { return join(at(s.family), s.service.Spec.Ports[0].NodePort) }
 }
+
+func nodeIP(f family) string    { return f.node }
+func otherIP(f family) string   { return f.other }
+func localhost(f family) string { return f.localhost }
 
 // healthPort is where a load balancer asks whether the node has endpoints of the Service.
 func healthPort(s *subject) string {
-	return fmt.Sprint(nodeIP, ":", s.service.Spec.HealthCheckNodePort)
+	return join(s.node, s.service.Spec.HealthCheckNodePort)
 }
 
 func external(port int) target {
-	return func(s *subject) string { return fmt.Sprint(s.externalIP(), ":", port) }
+	return func(s *subject) string { return join(s.externalIP(), port) }
 }
 
 func ingress(port int) target {
-	return func(s *subject) string { return fmt.Sprint(s.ingressIP(), ":", port) }
+	return func(s *subject) string { return join(s.ingressIP(), port) }
 }

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/rpc"
 	"os"
 	"strconv"
@@ -18,6 +19,7 @@ import (
 	"time"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/clusters/lab"
 	"github.com/plimsoll-bench/plimsoll/dataplane/lb/lbtest"
 )
 
@@ -35,7 +37,7 @@ func TestMain(m *testing.M) {
 		os.Exit(m.Run())
 	case len(os.Args) > 1 && os.Args[1] == podCommand:
 		server := rpc.NewServer()
-		if err := server.Register(&Orders{kept: map[string]net.Conn{}}); err != nil {
+		if err := server.Register(&Orders{kept: map[string]net.Conn{}, loose: map[bool]net.PacketConn{}}); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
@@ -61,7 +63,8 @@ const (
 // A guest is a process in a pod that a test gives orders to.
 type guest struct {
 	clusters.Pod
-	orders *rpc.Client
+	addresses []netip.Addr
+	orders    *rpc.Client
 }
 
 // mustStart starts a guest that ends with its lab.
@@ -71,7 +74,11 @@ func mustStart(t *testing.T, pod clusters.Pod) *guest {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &guest{pod, rpc.NewClient(stream{p.Stdout(), p.Stdin()})}
+	addresses, err := lab.Addresses(pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &guest{pod, addresses, rpc.NewClient(stream{p.Stdout(), p.Stdin()})}
 }
 
 // listen has the guest answer at these addresses, over TCP, UDP and, as far as an association's beginning, SCTP.
@@ -120,18 +127,18 @@ func (o Outcome) String() string {
 type Orders struct {
 	ports int // of the client, that were used up
 	kept  map[string]net.Conn
-	loose net.PacketConn
+	loose map[bool]net.PacketConn // by whether they speak IPv4
 }
 
 // Listen is guest's order of that name.
 func (*Orders) Listen(addresses []string, _ *struct{}) error {
 	for _, address := range addresses {
-		listener, err := net.Listen("tcp4", address)
+		listener, err := net.Listen("tcp", address)
 		if err != nil {
 			return err
 		}
 		// Subtle: bound to the address, because an answer from a socket that is bound to none has the address of the way back.
-		packets, err := net.ListenPacket("udp4", address)
+		packets, err := net.ListenPacket("udp", address)
 		if err != nil {
 			return err
 		}
@@ -238,7 +245,12 @@ func ping(q Question) error {
 	if err != nil {
 		return err
 	}
-	conn, err := net.Dial("ip4:icmp", host) // connected, it is told of errors
+	// Echo request, checksum, identifier, sequence number (RFC 792, RFC 4443). The kernel fills in the checksum of ICMPv6.
+	network, echo := "ip4:icmp", []byte{8, 0, 0xf7, 0xfd, 0, 1, 0, 1}
+	if strings.Contains(host, ":") {
+		network, echo = "ip6:ipv6-icmp", []byte{128, 0, 0, 0, 0, 1, 0, 1}
+	}
+	conn, err := net.Dial(network, host) // connected, it is told of errors
 	if err != nil {
 		return err
 	}
@@ -246,8 +258,7 @@ func ping(q Question) error {
 	if err := conn.SetDeadline(time.Now().Add(q.Patience)); err != nil {
 		return err
 	}
-	// Echo request, checksum, identifier, sequence number (RFC 792).
-	if _, err := conn.Write([]byte{8, 0, 0xf7, 0xfd, 0, 1, 0, 1}); err != nil {
+	if _, err := conn.Write(echo); err != nil {
 		return err
 	}
 	if _, err := conn.Read(make([]byte, 64)); err != nil {
@@ -281,18 +292,22 @@ func (o *Orders) dial(q Question) (net.Conn, error) {
 	return dialer.Dial(q.Network, q.Address)
 }
 
-// askLoosely asks from the one unconnected socket that a guest has.
+// askLoosely asks from the one unconnected socket that a guest has of a family.
 func (o *Orders) askLoosely(q Question) (server, client string, err error) {
-	if o.loose == nil {
-		if o.loose, err = net.ListenPacket("udp4", "0.0.0.0:0"); err != nil {
-			return "", "", err
-		}
-	}
-	address, err := net.ResolveUDPAddr("udp4", q.Address)
+	address, err := net.ResolveUDPAddr("udp", q.Address)
 	if err != nil {
 		return "", "", err
 	}
-	return converse(to{o.loose, address}, strconv.FormatInt(time.Now().UnixNano(), 36), q.Patience)
+	network, is4 := "udp6", address.IP.To4() != nil
+	if is4 {
+		network = "udp4"
+	}
+	if o.loose[is4] == nil {
+		if o.loose[is4], err = net.ListenPacket(network, ":0"); err != nil {
+			return "", "", err
+		}
+	}
+	return converse(to{o.loose[is4], address}, strconv.FormatInt(time.Now().UnixNano(), 36), q.Patience)
 }
 
 // resend is when a datagram that was not answered is sent again.
@@ -359,7 +374,7 @@ func errorOf(err error) string {
 		return ended
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
 		return taken
-	case errors.Is(err, syscall.ENOPROTOOPT): // by ICMP, from a kernel without SCTP
+	case errors.Is(err, syscall.ENOPROTOOPT), errors.Is(err, syscall.EPROTO): // by ICMP and ICMPv6, from a kernel without SCTP
 		return unspoken
 	case errors.As(err, &late) && late.Timeout():
 		return silence

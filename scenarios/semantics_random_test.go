@@ -13,6 +13,8 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
 )
 
 var seedFlag = flag.Uint64("semantics-seed", 0, "seed of TestSemanticsOfRandomServices; 0 takes one from the clock")
@@ -37,16 +39,17 @@ type anyService struct {
 	endpoints                    []endpoint
 	affinity, nodePorts          bool
 	internalLocal, externalLocal bool
+	field                        *field
 	subjects                     []*subject
 }
 
 // String says what a failure is to be understood by.
 func (a *anyService) String() string {
-	return fmt.Sprintf("%s %+v, endpoints %+v, affinity %v, local policy: internal %v, external %v", a.name, a.ports, a.endpoints, a.affinity, a.internalLocal, a.externalLocal)
+	return fmt.Sprintf("%s over %s %+v, endpoints %+v, affinity %v, local policy: internal %v, external %v", a.name, a.field.name(), a.ports, a.endpoints, a.affinity, a.internalLocal, a.externalLocal)
 }
 
-func newAnyService(r *rand.Rand, number int) *anyService {
-	a := &anyService{name: fmt.Sprint("any-", number), affinity: r.IntN(4) == 0, nodePorts: r.IntN(2) == 0}
+func newAnyService(r *rand.Rand, fields []*field, number int) *anyService {
+	a := &anyService{name: fmt.Sprint("any-", number), field: fields[r.IntN(len(fields))], affinity: r.IntN(4) == 0, nodePorts: r.IntN(2) == 0}
 	protocols := []corev1.Protocol{corev1.ProtocolTCP, corev1.ProtocolUDP}
 	for i := range 1 + r.IntN(2) {
 		a.ports = append(a.ports, port{
@@ -92,9 +95,9 @@ func (a *anyService) apply(_ *site, s *corev1.Service) {
 }
 
 // write brings the API server up to date.
-func (a *anyService) write(t *testing.T, sites []*site) {
+func (a *anyService) write(t *testing.T) {
 	t.Helper()
-	for i, s := range sites {
+	for i, s := range a.field.sites {
 		if len(a.subjects) <= i {
 			subject := s.newSubject(a.name+"-"+s.mode, slices.Clone(a.ports), a.apply)
 			subject.create(t)
@@ -134,7 +137,7 @@ func (a *anyService) eligible(local bool) (these []endpoint, none string) {
 
 // In every mode clients of random Services reach the same endpoints, each of them as often as the others.
 func TestSemanticsOfRandomServices(t *testing.T) {
-	f := mustOpenField(t)
+	fields := mustOpenFields(t, func(*clusters.ProxySpec) {})
 	seed := *seedFlag
 	if seed == 0 {
 		seed = uint64(time.Now().UnixNano())
@@ -143,7 +146,7 @@ func TestSemanticsOfRandomServices(t *testing.T) {
 	r := rand.New(rand.NewPCG(seed, 0))
 	var fleet []*anyService
 	for i := range randomServices {
-		fleet = append(fleet, newAnyService(r, i))
+		fleet = append(fleet, newAnyService(r, fields, i))
 	}
 	for round := range randomRounds {
 		for _, a := range fleet {
@@ -153,14 +156,16 @@ func TestSemanticsOfRandomServices(t *testing.T) {
 			if round > 0 {
 				a.change(r)
 			}
-			a.write(t, f.sites)
+			a.write(t)
 		}
-		f.settle(t)
+		for _, f := range fields {
+			f.settle(t)
+		}
 		var asking sync.WaitGroup
-		for i, s := range f.sites {
+		for i := range fields[0].sites {
 			asking.Go(func() {
 				for _, a := range fleet {
-					a.check(t, round, s, a.subjects[i])
+					a.check(t, round, a.subjects[i])
 				}
 			})
 		}
@@ -169,13 +174,13 @@ func TestSemanticsOfRandomServices(t *testing.T) {
 }
 
 // check asks a Service on one node at all of its ports.
-func (a *anyService) check(t *testing.T, round int, s *site, subject *subject) {
+func (a *anyService) check(t *testing.T, round int, s *subject) {
 	ask := func(client string, p port, to target, local bool) {
 		if s.leavesOut(client) != "" {
 			return
 		}
 		these, none := a.eligible(local)
-		q := Question{Network: "tcp", Address: to(subject), N: perEndpoint * len(these), Patience: patiently}
+		q := Question{Network: "tcp", Address: to(s), N: perEndpoint * len(these), Patience: patiently}
 		if p.protocol == corev1.ProtocolUDP {
 			q.Network = "udp"
 		}
@@ -188,7 +193,7 @@ func (a *anyService) check(t *testing.T, round int, s *site, subject *subject) {
 		got := s.guests[client].ask(q)
 		var servers []string
 		for _, e := range these {
-			servers = append(servers, fmt.Sprint(s.address(e.at, e.number), ":", p.target))
+			servers = append(servers, join(s.address(e.at, e.number), p.target))
 		}
 		if complaint := a.judge(got, servers, none); complaint != "" {
 			t.Errorf("%s: round %d: %s %s from %s: %s, want one of %v or else %s: %v; %v", s.mode, round, q.Network, q.Address, client, complaint, servers, none, got, a)

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
 )
 
 const (
@@ -29,6 +31,7 @@ const (
 // A row is one behaviour of Services, and what clients see of it.
 type row struct {
 	name string
+	only corev1.IPFamily // the one family that it is of; empty is each
 	// ports are the Service's; nil is port 80 alone.
 	ports []port
 	// service makes a ClusterIP Service something else, where it is set.
@@ -60,10 +63,21 @@ type step struct {
 
 // The same packets are sent on nodes of every mode, and clients see the same.
 func TestSemantics(t *testing.T) {
-	f := mustOpenField(t)
-	for i, r := range rows {
-		t.Run(r.name, func(t *testing.T) { r.run(t, f, fmt.Sprint("row-", i)) })
+	for _, f := range mustOpenFields(t, func(*clusters.ProxySpec) {}) {
+		f.run(t, rows)
 	}
+}
+
+// run runs those of the rows that are of the field's family.
+func (f *field) run(t *testing.T, rows []row) {
+	t.Run(f.name(), func(t *testing.T) {
+		for i, r := range rows {
+			if r.only != "" && r.only != f.sites[0].family.name {
+				continue
+			}
+			t.Run(r.name, func(t *testing.T) { r.run(t, f, fmt.Sprint("row-", f.name(), "-", i)) })
+		}
+	})
 }
 
 // run goes through a row's steps, in all modes at once, with a Service for each of them.
@@ -113,11 +127,14 @@ func (st step) ask(t *testing.T, s *subject, number int) {
 	if !differs {
 		want = st.want
 	}
-	q := Question{Network: cmp.Or(st.network, "tcp"), N: questions, Keep: st.keep, Loose: st.loose, Port: st.port, Patience: patiently}
+	q := Question{Network: cmp.Or(st.network, "tcp"), N: questions, Loose: st.loose, Port: st.port, Patience: patiently}
 	if st.to == nil {
 		st.to = clusterIP(80)
 	}
 	q.Address = st.to(s)
+	if st.keep != "" {
+		q.Keep = fmt.Sprint(st.keep, " over ", s.family.name)
+	}
 	if want == refused || want == silence || st.keep != "" || st.loose {
 		q.N = 1
 	}

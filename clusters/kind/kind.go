@@ -35,8 +35,11 @@ func (Provider) Doc() string {
 }
 
 // Supports refuses the legacy backend of iptables: a node's kube-proxy uses the one that its kubelet does, which in kind's image is
-// nf_tables on every kernel that has it.
+// nf_tables on every kernel that has it. Clients inside the cluster are known by the ranges of pods alone.
 func (Provider) Supports(spec clusters.ProxySpec) error {
+	if spec.MasqueradeAll || spec.LocalMode != "" {
+		return fmt.Errorf("kind's nodes masquerade what comes from outside the ranges of pods: %w", clusters.ErrNotSupported)
+	}
 	if spec.IPTables == "legacy" {
 		return fmt.Errorf("kind's nodes use the nf_tables backend of iptables: %w", clusters.ErrNotSupported)
 	}

@@ -17,6 +17,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -207,8 +208,8 @@ func apiServerArgs(bin, memory string) []string {
 		"--bind-address=127.0.0.1",
 		"--secure-port=6443",
 		// Must not be a loopback address: it becomes the endpoint of the Service default/kubernetes.
-		"--advertise-address=" + nodeAddress.String(),
-		"--service-cluster-ip-range=" + serviceRange.String(),
+		"--advertise-address=" + ipv4.node.String(),
+		"--service-cluster-ip-range=" + strings.Join(each(func(f family) string { return f.services.String() }), ","),
 		"--authorization-mode=AlwaysAllow",
 		"--anonymous-auth=false",
 		"--token-auth-file=" + filepath.Join(memory, "tokens.csv"),

@@ -61,7 +61,7 @@ func TestControlPlane(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, want := service.Spec.ClusterIP, serviceRange.Addr().Next().String(); got != want {
+	if got, want := service.Spec.ClusterIP, ipv4.services.Addr().Next().String(); got != want {
 		t.Errorf("Service default/kubernetes has address %s, want %s", got, want)
 	}
 

@@ -127,11 +127,10 @@ func (l *lab) create(ctx context.Context, plan clusters.Plan, progress func(stri
 func nodeObject(name string) *corev1.Node {
 	return &corev1.Node{
 		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{corev1.LabelHostname: name}},
-		Spec:       corev1.NodeSpec{PodCIDR: podRange.String(), PodCIDRs: []string{podRange.String()}},
-		Status: corev1.NodeStatus{Addresses: []corev1.NodeAddress{
-			{Type: corev1.NodeInternalIP, Address: nodeAddress.String()},
-			{Type: corev1.NodeHostName, Address: name},
-		}},
+		Spec:       corev1.NodeSpec{PodCIDR: ipv4.pods.String(), PodCIDRs: podRanges()},
+		Status: corev1.NodeStatus{Addresses: append(each(func(f family) corev1.NodeAddress {
+			return corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: f.node.String()}
+		}), corev1.NodeAddress{Type: corev1.NodeHostName, Address: name})},
 	}
 }
 
@@ -145,7 +144,7 @@ func (l *lab) Sites() []clusters.Site {
 
 func (l *lab) RESTConfig() *rest.Config  { return l.control.RESTConfig() }
 func (l *lab) Etcd() *clientv3.Client    { return l.etcd }
-func (l *lab) ServiceCIDR() netip.Prefix { return serviceRange }
+func (l *lab) ServiceCIDR() netip.Prefix { return ipv4.services }
 func (l *lab) Failed() <-chan struct{}   { return l.control.Done() }
 func (l *lab) Err() error                { return l.control.Err() }
 

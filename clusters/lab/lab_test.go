@@ -51,34 +51,37 @@ func mustCreate(t *testing.T, plan clusters.Plan) *lab {
 
 func TestPodsReachEachOtherAndNothingElse(t *testing.T) {
 	l := mustCreate(t, testPlan(t, "pods", labtest.Bin(t, testBin), clusters.ProxySpec{Name: "direct"}, clusters.ProxySpec{Name: "hooks", ConntrackHooks: true}))
+	// The last address of each range, or almost: a pod answers on all of it.
+	lasts := [][]string{{"198.18.127.254", "2001:2:0:40:ffff:ffff:ffff:ffff"}, {"198.18.191.254", "2001:2:0:80:ffff:ffff:ffff:ffff"}}
 	for _, n := range l.nodes {
 		for i, b := range n.backends {
-			// The last address but one of the range: a pod answers on all of it.
-			last := backendRanges[i].Addr().As4()
-			last[2], last[3] = last[2]+63, 254
-			for _, a := range []string{b.Address().String(), net.IP(last[:]).String()} {
-				addr := net.JoinHostPort(a, "8080")
-				listener, err := b.ns.Listen(t.Context(), addr)
-				if err != nil {
-					t.Fatalf("%s: listen on %s: %v", n.spec.Name, addr, err)
+			for j, f := range families() {
+				for _, a := range []string{b.addresses[j].String(), lasts[i][j]} {
+					addr := net.JoinHostPort(a, "8080")
+					listener, err := b.ns.Listen(t.Context(), addr)
+					if err != nil {
+						t.Fatalf("%s: listen on %s: %v", n.spec.Name, addr, err)
+					}
+					conn, err := n.client.ns.DialContext(t.Context(), "tcp", addr)
+					if err != nil {
+						t.Fatalf("%s: client to %s: %v", n.spec.Name, addr, err)
+					}
+					if got := conn.LocalAddr().(*net.TCPAddr).IP.String(); got != f.client.String() {
+						t.Errorf("%s: the client's address is %s, want %s", n.spec.Name, got, f.client)
+					}
+					conn.Close()
+					listener.Close()
 				}
-				conn, err := n.client.ns.DialContext(t.Context(), "tcp", addr)
-				if err != nil {
-					t.Fatalf("%s: client to %s: %v", n.spec.Name, addr, err)
-				}
-				if got := conn.LocalAddr().(*net.TCPAddr).IP.String(); got != clientAddress.String() {
-					t.Errorf("%s: the client's address is %s, want %s", n.spec.Name, got, clientAddress)
-				}
-				conn.Close()
-				listener.Close()
 			}
 		}
-		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
-		if conn, err := n.client.ns.DialContext(ctx, "tcp", "192.0.2.1:80"); err == nil {
-			conn.Close()
-			t.Errorf("%s: a pod reached an address outside the lab", n.spec.Name)
+		for _, beyond := range []string{"192.0.2.1:80", "[2001:db8::1]:80"} {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			if conn, err := n.client.ns.DialContext(ctx, "tcp", beyond); err == nil {
+				conn.Close()
+				t.Errorf("%s: a pod reached %s, outside the lab", n.spec.Name, beyond)
+			}
+			cancel()
 		}
-		cancel()
 	}
 }
 

@@ -13,22 +13,13 @@ import (
 	"sync"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
 	"github.com/plimsoll-bench/plimsoll/clusters/host"
 )
 
-// Every node has the same addresses: nodes are not connected to each other, so one fleet's endpoints are local on each of
-// them. 198.18.0.0/15 is for benchmarks of network devices (RFC 2544) and routed nowhere.
-var (
-	nodeAddress    = netip.MustParseAddr("198.18.0.1")
-	routerAddress  = netip.MustParseAddr("198.18.0.2")
-	clientAddress  = netip.MustParseAddr("198.18.0.10")
-	podRange       = netip.MustParsePrefix("198.18.0.0/16")
-	serviceRange   = netip.MustParsePrefix("198.19.0.0/16")
-	backendRanges  = []netip.Prefix{netip.MustParsePrefix("198.18.64.0/18"), netip.MustParsePrefix("198.18.128.0/18")}
-	apiServerLocal = "127.0.0.1:6443"
-)
+const apiServerLocal = "127.0.0.1:6443"
 
 // node is one network namespace with a client pod and backend pods behind veth pairs, and the mode's proxy.
 type node struct {
@@ -72,22 +63,24 @@ func (n *node) build() error {
 	if n.cgroup, err = n.run.Cgroup.Child("node-" + n.spec.Name); err != nil {
 		return err
 	}
-	if n.ns, err = clusters.NewNetNS(); err != nil {
+	if n.ns, err = newNetNS(); err != nil {
 		return err
 	}
 	if err := n.addUplink(); err != nil {
 		return err
 	}
-	// Subtle: a pod forwards to the node and the node to the pod, so only the node's namespace forwards. The setting is
+	// Subtle: a pod forwards to the node and the node to the pod, so only the node's namespace forwards. The settings are
 	// the namespace's own.
-	if err := n.sysctl("net/ipv4/ip_forward", "1"); err != nil {
+	for _, name := range each(func(f family) string { return f.forwarding }) {
+		if err := sysctl(n.ns, name, "1"); err != nil {
+			return fmt.Errorf("node %s: %w", n.spec.Name, err)
+		}
+	}
+	if n.client, err = n.addPod("client", each(func(f family) home { return home{f, f.client, single(f.client)} })...); err != nil {
 		return err
 	}
-	if n.client, err = n.addPod("client", clientAddress, netip.PrefixFrom(clientAddress, 32)); err != nil {
-		return err
-	}
-	for i, r := range backendRanges {
-		b, err := n.addPod(fmt.Sprintf("backend-%d", i), r.Addr().Next(), r)
+	for i := range ipv4.backends {
+		b, err := n.addPod(fmt.Sprintf("backend-%d", i), each(func(f family) home { return home{f, f.backends[i].Addr().Next(), f.backends[i]} })...)
 		if err != nil {
 			return err
 		}
@@ -96,12 +89,12 @@ func (n *node) build() error {
 	return nil
 }
 
-// addUplink gives the node its address on eth0 and a default route there. The other end lies in a namespace without an address
+// addUplink gives the node its addresses on eth0 and default routes there. The other end lies in a namespace without an address
 // or a route, which drops what arrives: there is no way out. Without a route a Service's address would be unreachable before
 // the packet comes to the hooks where kube-proxy rejects it.
 func (n *node) addUplink() error {
 	var err error
-	if n.outside, err = clusters.NewNetNS(); err != nil {
+	if n.outside, err = newNetNS(); err != nil {
 		return err
 	}
 	h, err := n.ns.Netlink()
@@ -118,16 +111,59 @@ func (n *node) addUplink() error {
 	if err != nil {
 		return err
 	}
-	if err := h.AddrAdd(near, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(nodeAddress, 32))}); err != nil {
-		return fmt.Errorf("add the node's address: %w", err)
-	}
-	if err := h.NeighSet(&netlink.Neigh{LinkIndex: near.Attrs().Index, State: netlink.NUD_PERMANENT, IP: routerAddress.AsSlice(), HardwareAddr: peer.Attrs().HardwareAddr}); err != nil {
-		return fmt.Errorf("pin the router's link address: %w", err)
-	}
-	if err := h.RouteAdd(&netlink.Route{LinkIndex: near.Attrs().Index, Gw: routerAddress.AsSlice(), Flags: int(netlink.FLAG_ONLINK)}); err != nil {
-		return fmt.Errorf("add the default route: %w", err)
+	for _, f := range families() {
+		if err := h.AddrAdd(near, address(f.node)); err != nil {
+			return fmt.Errorf("add the node's address %s: %w", f.node, err)
+		}
+		if err := routeBy(h, near, f.router, peer); err != nil {
+			return err
+		}
 	}
 	return nil
+}
+
+// routeBy lays a default route by way of a router on link, whose address on the link is peer's.
+func routeBy(h *netlink.Handle, link netlink.Link, router netip.Addr, peer netlink.Link) error {
+	if err := pinNeighbour(h, link, router, peer); err != nil {
+		return err
+	}
+	if err := h.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: router.AsSlice(), Flags: int(netlink.FLAG_ONLINK)}); err != nil {
+		return fmt.Errorf("add the default route by %s: %w", router, err)
+	}
+	return nil
+}
+
+// pinNeighbour tells link for good that peer is who has an address: an exchange of ARP or neighbour discovery in the middle of a visit
+// would be an outlier that has nothing to do with Services.
+func pinNeighbour(h *netlink.Handle, link netlink.Link, a netip.Addr, peer netlink.Link) error {
+	err := h.NeighSet(&netlink.Neigh{LinkIndex: link.Attrs().Index, State: netlink.NUD_PERMANENT, IP: a.AsSlice(), HardwareAddr: peer.Attrs().HardwareAddr})
+	if err != nil {
+		return fmt.Errorf("pin the link address of %s: %w", a, err)
+	}
+	return nil
+}
+
+// address is one for a link, usable at once: nobody else can have it, so IPv6 need not ask whether somebody does.
+func address(a netip.Addr) *netlink.Addr {
+	made := &netlink.Addr{IPNet: ipNet(single(a))}
+	if a.Is6() {
+		made.Flags = unix.IFA_F_NODAD
+	}
+	return made
+}
+
+// newNetNS makes a network namespace that speaks all families, whatever the host's default for new ones is.
+func newNetNS() (*clusters.NetNS, error) {
+	ns, err := clusters.NewNetNS()
+	if err != nil || len(families()) == 1 {
+		return ns, err
+	}
+	for _, name := range []string{"net/ipv6/conf/all/disable_ipv6", "net/ipv6/conf/default/disable_ipv6"} {
+		if err := sysctl(ns, name, "0"); err != nil {
+			return nil, errors.Join(err, ns.Close())
+		}
+	}
+	return ns, nil
 }
 
 // addVeth makes a pair of links, near in h's namespace and far in the other one, sets both up, and returns them with their
@@ -156,14 +192,9 @@ func setUp(h *netlink.Handle, name string) (netlink.Link, error) {
 	return link, nil
 }
 
-// sysctl sets a value in the node's own namespace.
-func (n *node) sysctl(name, value string) error {
-	return n.ns.Do(func() error {
-		if err := os.WriteFile("/proc/sys/"+name, []byte(value), 0); err != nil {
-			return fmt.Errorf("set %s in node %s: %w", name, n.spec.Name, err)
-		}
-		return nil
-	})
+// sysctl sets a value that a namespace has of its own.
+func sysctl(ns *clusters.NetNS, name, value string) error {
+	return ns.Do(func() error { return os.WriteFile("/proc/sys/"+name, []byte(value), 0) })
 }
 
 func (n *node) Spec() clusters.ProxySpec   { return n.spec }
@@ -183,8 +214,8 @@ func (n *node) Backends() []clusters.Pod {
 	return pods
 }
 
-// EndpointPrefixes are the same on every node.
-func (n *node) EndpointPrefixes() []netip.Prefix { return backendRanges }
+// EndpointPrefixes are the same on every node, and IPv4's, as fleets are.
+func (n *node) EndpointPrefixes() []netip.Prefix { return ipv4.backends }
 
 func (n *node) ProxyCgroup() string {
 	if n.proxyGroup == nil {

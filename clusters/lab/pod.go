@@ -19,34 +19,39 @@ import (
 
 // pod is a network namespace behind a veth pair of its node.
 type pod struct {
-	node    *node
-	name    string
-	address netip.Addr
-	ns      *clusters.NetNS
-	cgroup  *host.Cgroup
+	node      *node
+	name      string
+	addresses []netip.Addr // one of each family, IPv4 first
+	ns        *clusters.NetNS
+	cgroup    *host.Cgroup
 }
 
 var _ clusters.Pod = (*pod)(nil)
 
-// addPod makes a pod that answers on every address of owned, of which address is the one on its link.
-func (n *node) addPod(name string, address netip.Addr, owned netip.Prefix) (*pod, error) {
-	p := &pod{node: n, name: name, address: address}
+// A home is where a pod is reached by one family: it answers on every address of owned, of which address is the one on its link.
+type home struct {
+	family
+	address netip.Addr
+	owned   netip.Prefix
+}
+
+func (n *node) addPod(name string, homes ...home) (*pod, error) {
+	p := &pod{node: n, name: name}
 	var err error
 	if p.cgroup, err = n.cgroup.Child("pod-" + name); err != nil {
 		return nil, err
 	}
-	if p.ns, err = clusters.NewNetNS(); err != nil {
+	if p.ns, err = newNetNS(); err != nil {
 		return nil, err
 	}
-	if err := n.connect(p, owned); err != nil {
+	if err := n.connect(p, homes); err != nil {
 		return nil, errors.Join(fmt.Errorf("connect pod %s: %w", name, err), p.ns.Close())
 	}
 	return p, nil
 }
 
-// connect lays a veth pair between node and pod, with routes in the shape that most CNI plug-ins use: the pod has one
-// address and a default route to the node, the node a route to the pod's addresses.
-func (n *node) connect(p *pod, owned netip.Prefix) error {
+// connect lays a veth pair between node and pod.
+func (n *node) connect(p *pod, homes []home) error {
 	outside, err := n.ns.Netlink()
 	if err != nil {
 		return err
@@ -57,59 +62,73 @@ func (n *node) connect(p *pod, owned netip.Prefix) error {
 		return err
 	}
 	defer inside.Close()
-
-	host, eth0, err := addVeth(outside, inside, "veth-"+p.name, "eth0", p.ns)
+	veth, eth0, err := addVeth(outside, inside, "veth-"+p.name, "eth0", p.ns)
 	if err != nil {
 		return err
 	}
-	lo, err := inside.LinkByName("lo")
-	if err != nil {
-		return err
-	}
-	routes := []*netlink.Route{{LinkIndex: host.Attrs().Index, Dst: ipNet(netip.PrefixFrom(p.address, 32)), Scope: netlink.SCOPE_LINK}}
-	if !owned.IsSingleIP() {
-		// Subtle: on a plain link route the node would ask by ARP for each of the range's addresses and keep an entry for
-		// each; by way of the pod's own address it keeps one neighbour, as with one address per pod.
-		routes = append(routes, &netlink.Route{LinkIndex: host.Attrs().Index, Dst: ipNet(owned), Gw: p.address.AsSlice(), Flags: int(netlink.FLAG_ONLINK)})
-		// A local route makes the pod answer on the whole range, so that every Service can have endpoints of its own without
-		// an address each on the link.
-		local := &netlink.Route{LinkIndex: lo.Attrs().Index, Dst: ipNet(owned), Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Scope: netlink.SCOPE_HOST}
-		if err := inside.RouteAdd(local); err != nil {
-			return fmt.Errorf("add the pod's range: %w", err)
+	for _, h := range homes {
+		p.addresses = append(p.addresses, h.address)
+		if err := settleIn(inside, eth0, veth, h); err != nil {
+			return fmt.Errorf("inside: %w", err)
 		}
-	}
-	steps := []func() error{
-		func() error {
-			return inside.AddrAdd(eth0, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(p.address, 32))})
-		},
-		func() error {
-			return inside.RouteAdd(&netlink.Route{LinkIndex: eth0.Attrs().Index, Dst: ipNet(netip.PrefixFrom(nodeAddress, 32)), Scope: netlink.SCOPE_LINK})
-		},
-		func() error {
-			return inside.RouteAdd(&netlink.Route{LinkIndex: eth0.Attrs().Index, Gw: nodeAddress.AsSlice()})
-		},
-	}
-	for _, r := range routes {
-		steps = append(steps, func() error { return outside.RouteAdd(r) })
-	}
-	for i, step := range steps {
-		if err := step(); err != nil {
-			return fmt.Errorf("step %d: %w", i+1, err)
+		if err := leadTo(outside, veth, eth0, h); err != nil {
+			return fmt.Errorf("outside: %w", err)
 		}
-	}
-	// Both ends know each other's link address for good: an ARP exchange in the middle of a visit would be an outlier that has
-	// nothing to do with Services.
-	if err := outside.NeighSet(&netlink.Neigh{LinkIndex: host.Attrs().Index, State: netlink.NUD_PERMANENT, IP: p.address.AsSlice(), HardwareAddr: eth0.Attrs().HardwareAddr}); err != nil {
-		return fmt.Errorf("pin the pod's link address: %w", err)
-	}
-	if err := inside.NeighSet(&netlink.Neigh{LinkIndex: eth0.Attrs().Index, State: netlink.NUD_PERMANENT, IP: nodeAddress.AsSlice(), HardwareAddr: host.Attrs().HardwareAddr}); err != nil {
-		return fmt.Errorf("pin the node's link address: %w", err)
+		if h.address.Is6() && !h.owned.IsSingleIP() {
+			// Subtle: a local route makes no address that IPv6 sockets may be bound to, as it does for IPv4.
+			if err := sysctl(p.ns, "net/ipv6/ip_nonlocal_bind", "1"); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
 }
 
+// settleIn does the pod's side, in the shape that most CNI plug-ins use: one address and a default route to the node.
+func settleIn(h *netlink.Handle, eth0, veth netlink.Link, at home) error {
+	if err := h.AddrAdd(eth0, address(at.address)); err != nil {
+		return fmt.Errorf("add the address: %w", err)
+	}
+	if err := h.RouteAdd(&netlink.Route{LinkIndex: eth0.Attrs().Index, Dst: ipNet(single(at.node)), Scope: netlink.SCOPE_LINK}); err != nil {
+		return fmt.Errorf("add the route to the node: %w", err)
+	}
+	if err := routeBy(h, eth0, at.node, veth); err != nil {
+		return err
+	}
+	if at.owned.IsSingleIP() {
+		return nil
+	}
+	lo, err := h.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	// A local route makes the pod answer on the whole range, so that every Service can have endpoints of its own without
+	// an address each on the link.
+	local := &netlink.Route{LinkIndex: lo.Attrs().Index, Dst: ipNet(at.owned), Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Scope: netlink.SCOPE_HOST}
+	if err := h.RouteAdd(local); err != nil {
+		return fmt.Errorf("add the range: %w", err)
+	}
+	return nil
+}
+
+// leadTo does the node's side: routes to the pod's addresses.
+func leadTo(h *netlink.Handle, veth, eth0 netlink.Link, at home) error {
+	routes := []*netlink.Route{{LinkIndex: veth.Attrs().Index, Dst: ipNet(single(at.address)), Scope: netlink.SCOPE_LINK}}
+	if !at.owned.IsSingleIP() {
+		// Subtle: on a plain link route the node would ask for each of the range's addresses and keep an entry for each;
+		// by way of the pod's own address it keeps one neighbour, as with one address per pod.
+		routes = append(routes, &netlink.Route{LinkIndex: veth.Attrs().Index, Dst: ipNet(at.owned), Gw: at.address.AsSlice(), Flags: int(netlink.FLAG_ONLINK)})
+	}
+	for _, r := range routes {
+		if err := h.RouteAdd(r); err != nil {
+			return fmt.Errorf("add the route to %s: %w", r.Dst, err)
+		}
+	}
+	return pinNeighbour(h, veth, at.address, eth0)
+}
+
 func (p *pod) Name() string        { return p.name }
-func (p *pod) Address() netip.Addr { return p.address }
+func (p *pod) Address() netip.Addr { return p.addresses[0] }
 func (p *pod) Cgroup() string      { return p.cgroup.Dir }
 
 func (p *pod) Start(ctx context.Context, args ...string) (clusters.Process, error) {

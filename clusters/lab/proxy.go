@@ -3,6 +3,7 @@
 package lab
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -12,6 +13,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"time"
 
 	"k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -119,8 +122,9 @@ func KubeProxyCommand(spec clusters.ProxySpec, dir, bin, kubeconfig string) (c h
 		TypeMeta:           v1.TypeMeta{APIVersion: "kubeproxy.config.k8s.io/v1alpha1", Kind: "KubeProxyConfiguration"},
 		HostnameOverride:   spec.Name,
 		Mode:               v1alpha1.ProxyMode(spec.KubeProxy),
-		ClusterCIDR:        podRange.String(),
-		DetectLocalMode:    "ClusterCIDR",
+		ClusterCIDR:        strings.Join(podRanges(), ","),
+		DetectLocalMode:    v1alpha1.LocalMode(localMode(spec)),
+		DetectLocal:        v1alpha1.DetectLocalConfiguration{BridgeInterface: spec.PodInterfaces, InterfaceNamePrefix: spec.PodInterfaces},
 		HealthzBindAddress: proxyHealth,
 		MetricsBindAddress: "127.0.0.1:10249",
 		// nf_conntrack_max belongs to the whole host and cannot be set from a node's namespace.
@@ -129,6 +133,7 @@ func KubeProxyCommand(spec clusters.ProxySpec, dir, bin, kubeconfig string) (c h
 			TCPEstablishedTimeout: &v1.Duration{}, TCPCloseWaitTimeout: &v1.Duration{},
 		},
 	}
+	config.IPTables.MasqueradeAll, config.NFTables.MasqueradeAll = spec.MasqueradeAll, spec.MasqueradeAll // the former is IPVS mode's, too
 	config.ClientConnection.Kubeconfig = kubeconfig
 	config.ClientConnection.ContentType = "application/vnd.kubernetes.protobuf"
 	if p := spec.MinSyncPeriod; p != nil {
@@ -175,6 +180,9 @@ func writeIPTables(backend, dir, path string) (string, error) {
 	return filepath.Join(path, "iptables"), nil
 }
 
+// localMode is the spec's, or the lab's own choice.
+func localMode(spec clusters.ProxySpec) string { return cmp.Or(spec.LocalMode, "ClusterCIDR") }
+
 func (n *node) agentCommand(kubeconfig string) (host.Command, error) {
 	argv := []string{n.program, "agent",
 		"--kubeconfig", kubeconfig,
@@ -183,7 +191,8 @@ func (n *node) agentCommand(kubeconfig string) (host.Command, error) {
 		"--metrics-bind-address", "127.0.0.1:10249",
 	}
 	if n.spec.Packets {
-		argv = append(argv, "--sockets=false", "--devices", "*", "--cluster-cidr", podRange.String())
+		argv = append(argv, "--sockets=false", "--devices", "*", "--cluster-cidr", strings.Join(podRanges(), ","), "--detect-local-mode", localMode(n.spec),
+			"--pod-bridge-interface", n.spec.PodInterfaces, "--pod-interface-name-prefix", n.spec.PodInterfaces, "--masquerade-all="+strconv.FormatBool(n.spec.MasqueradeAll))
 	} else {
 		argv = append(argv, "--cgroup", n.cgroup.Dir)
 	}

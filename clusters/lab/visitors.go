@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"net/netip"
 
-	"github.com/vishvananda/netlink"
-
 	"github.com/plimsoll-bench/plimsoll/clusters"
 )
 
@@ -19,29 +17,38 @@ func HostPod(s clusters.Site) (clusters.Pod, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &pod{node: n, name: "host", address: nodeAddress, ns: n.ns}
+	p := &pod{node: n, name: "host", addresses: each(func(f family) netip.Addr { return f.node }), ns: n.ns}
 	if p.cgroup, err = n.cgroup.Child("pod-" + p.name); err != nil {
 		return nil, err
 	}
 	return p, nil
 }
 
-// Outsider returns a host at the far end of a lab's site's uplink, which has an address of its own there and a route to everywhere
-// by the node. It forwards nothing, so there is still no way out. Its processes are none of the node's, nor in the node's cgroup.
-// A site has one at most.
-func Outsider(s clusters.Site, address netip.Addr) (clusters.Pod, error) {
+// Outsider returns a host at the far end of a lab's site's uplink, which has these addresses there, one of each family that it is to
+// speak and IPv4's first, and routes to everywhere by the node. It forwards nothing, so there is still no way out. Its processes are none
+// of the node's, nor in the node's cgroup. A site has one at most.
+func Outsider(s clusters.Site, addresses ...netip.Addr) (clusters.Pod, error) {
 	n, err := nodeOf(s)
 	if err != nil {
 		return nil, err
 	}
-	p := &pod{node: n, name: "outsider", address: address, ns: n.outside}
+	p := &pod{node: n, name: "outsider", addresses: addresses, ns: n.outside}
 	if p.cgroup, err = n.run.Cgroup.Child("outside-" + n.spec.Name); err != nil {
 		return nil, err
 	}
-	if err := n.settle(address); err != nil {
-		return nil, fmt.Errorf("node %s: outsider %s: %w", n.spec.Name, address, err)
+	if err := n.settle(addresses); err != nil {
+		return nil, fmt.Errorf("node %s: outsider: %w", n.spec.Name, err)
 	}
 	return p, nil
+}
+
+// Addresses are a lab's pod's own, one of each family, IPv4's first.
+func Addresses(p clusters.Pod) ([]netip.Addr, error) {
+	of, ok := p.(*pod)
+	if !ok {
+		return nil, errors.New("the pod is not a lab's")
+	}
+	return of.addresses, nil
 }
 
 func nodeOf(s clusters.Site) (*node, error) {
@@ -52,9 +59,9 @@ func nodeOf(s clusters.Site) (*node, error) {
 	return n, nil
 }
 
-// settle gives the far end of the uplink an address and its routes. The node needs none: its default route leads there, whatever the
+// settle gives the far end of the uplink addresses and routes. The node needs none: its default route leads there, whatever the
 // address.
-func (n *node) settle(address netip.Addr) error {
+func (n *node) settle(addresses []netip.Addr) error {
 	near, err := n.ns.Netlink()
 	if err != nil {
 		return err
@@ -73,14 +80,17 @@ func (n *node) settle(address netip.Addr) error {
 	if err != nil {
 		return err
 	}
-	if err := far.AddrAdd(uplink, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(address, 32))}); err != nil {
-		return fmt.Errorf("add the address: %w", err)
-	}
-	if err := far.NeighSet(&netlink.Neigh{LinkIndex: uplink.Attrs().Index, State: netlink.NUD_PERMANENT, IP: nodeAddress.AsSlice(), HardwareAddr: eth0.Attrs().HardwareAddr}); err != nil {
-		return fmt.Errorf("pin the node's link address: %w", err)
-	}
-	if err := far.RouteAdd(&netlink.Route{LinkIndex: uplink.Attrs().Index, Gw: nodeAddress.AsSlice(), Flags: int(netlink.FLAG_ONLINK)}); err != nil {
-		return fmt.Errorf("add the default route: %w", err)
+	for _, a := range addresses {
+		if err := far.AddrAdd(uplink, address(a)); err != nil {
+			return fmt.Errorf("add %s: %w", a, err)
+		}
+		router := ipv4.node
+		if a.Is6() {
+			router = ipv6.node
+		}
+		if err := routeBy(far, uplink, router, eth0); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -17,7 +17,7 @@ import (
 func TestVisitorsReachTheNodeAndItsPods(t *testing.T) {
 	l := mustCreate(t, testPlan(t, "visitors", labtest.Bin(t, testBin), clusters.ProxySpec{Name: "direct"}))
 	n := l.nodes[0]
-	outsider, err := Outsider(n, netip.MustParseAddr("198.51.100.9"))
+	outsider, err := Outsider(n, netip.MustParseAddr("198.51.100.9"), netip.MustParseAddr("2001:db8::9"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -30,20 +30,22 @@ func TestVisitorsReachTheNodeAndItsPods(t *testing.T) {
 	}
 	for _, server := range []*pod{n.backends[0], hostPod.(*pod)} {
 		for _, client := range []*pod{outsider.(*pod), hostPod.(*pod)} {
-			address := net.JoinHostPort(server.address.String(), "8080")
-			listener, err := server.ns.Listen(t.Context(), address)
-			if err != nil {
-				t.Fatal(err)
+			for i := range families() {
+				address := net.JoinHostPort(server.addresses[i].String(), "8080")
+				listener, err := server.ns.Listen(t.Context(), address)
+				if err != nil {
+					t.Fatal(err)
+				}
+				conn, err := client.ns.DialContext(t.Context(), "tcp", address)
+				if err != nil {
+					t.Fatalf("%s to %s: %v", client.name, address, err)
+				}
+				if got := conn.LocalAddr().(*net.TCPAddr).IP.String(); got != client.addresses[i].String() {
+					t.Errorf("%s has address %s at %s, want %s", client.name, got, server.name, client.addresses[i])
+				}
+				conn.Close()
+				listener.Close()
 			}
-			conn, err := client.ns.DialContext(t.Context(), "tcp", address)
-			if err != nil {
-				t.Fatalf("%s to %s: %v", client.name, server.name, err)
-			}
-			if got := conn.LocalAddr().(*net.TCPAddr).IP.String(); got != client.address.String() {
-				t.Errorf("%s has address %s at %s, want %s", client.name, got, server.name, client.address)
-			}
-			conn.Close()
-			listener.Close()
 		}
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)

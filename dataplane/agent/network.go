@@ -43,7 +43,7 @@ var LocalModes = []LocalMode{ClusterCIDR, NodeCIDR, BridgeInterface, InterfaceNa
 // A Local says which clients are inside the cluster.
 type Local struct {
 	Mode      LocalMode
-	CIDRs     []netip.Prefix
+	CIDRs     []netip.Prefix // for ClusterCIDR alone
 	Interface string
 }
 
@@ -94,8 +94,12 @@ func startNetwork(ctx context.Context, cfg Config, balancer *lb.Balancer) (*netw
 		cfg: cfg, balancer: balancer, work: make(chan func()), done: make(chan struct{}), attached: make(map[int]attachment),
 		subscribe: netlink.LinkSubscribeWithOptions,
 	}
+	var insiders []netip.Prefix // those of ClusterCIDR are no insiders by another mode, as with kube-proxy
+	if cfg.Local.Mode == ClusterCIDR {
+		insiders = cfg.Local.CIDRs
+	}
 	if cfg.Local.Mode != NodeCIDR { // else what a former agent knew is true until the node has been seen
-		if err := balancer.SetInsiders(cfg.Local.CIDRs); err != nil {
+		if err := balancer.SetInsiders(insiders); err != nil {
 			return nil, err
 		}
 	}

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"sync/atomic"
 	"time"
 )
 
@@ -109,6 +110,14 @@ func AskSCTP(address string, wait time.Duration) (server, client string, err err
 	return s.answer, s.client, err
 }
 
+// sctpPorts counts the ports that clients of this process had, from anywhere on. None comes again soon: conntrack would take it for the flow
+// that it knows, with the endpoint of that time.
+var sctpPorts = func() *atomic.Uint32 {
+	var from atomic.Uint32
+	from.Store(rand.Uint32N(20000))
+	return &from
+}()
+
 func askSCTP(address string, wait time.Duration) (said, error) {
 	to, err := netip.ParseAddrPort(address)
 	if err != nil {
@@ -123,7 +132,7 @@ func askSCTP(address string, wait time.Duration) (said, error) {
 	if err := conn.SetDeadline(time.Now().Add(wait)); err != nil {
 		return said{}, err
 	}
-	port, tag := uint16(rand.IntN(20000)+20000), rand.Uint32()|1
+	port, tag := uint16(20000+sctpPorts.Add(1)%20000), rand.Uint32()|1
 	if _, err := conn.Write(sctpPacket(port, to.Port(), 0, sctpInit, tag, nil)); err != nil {
 		return said{}, err
 	}
