@@ -439,6 +439,17 @@ func (s *subject) setSlice(t *testing.T, number int, ports []port, labels map[st
 	}
 }
 
+// setOthersSlice writes one of the Service's slices of the other family.
+func (s *subject) setOthersSlice(t *testing.T, number int, endpoints ...endpoint) {
+	t.Helper()
+	there := *s.site
+	there.family = families[1-s.number]
+	other := *s
+	other.site = &there
+	other.setSlice(t, number, s.ports, nil, endpoints...)
+	s.slices = other.slices
+}
+
 func (s *site) endpoint(e endpoint) discoveryv1.Endpoint {
 	ready, serving, nodeName := !e.unready, !e.unready || e.serving, elsewhere
 	if e.at == "near" {
@@ -469,6 +480,11 @@ type target func(*subject) string
 
 func clusterIP(port int) target {
 	return func(s *subject) string { return join(s.service.Spec.ClusterIP, port) }
+}
+
+// othersClusterIP is the ClusterIP of the other family.
+func othersClusterIP(port int) target {
+	return func(s *subject) string { return join(s.service.Spec.ClusterIPs[1], port) }
 }
 
 // nodePort is the NodePort of the Service's first port at an address of the node.

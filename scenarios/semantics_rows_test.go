@@ -56,8 +56,12 @@ func together(these ...map[string]string) map[string]string {
 }
 
 // What services are made of.
-func nodePorts(_ *site, s *corev1.Service)   { s.Spec.Type = corev1.ServiceTypeNodePort }
-func affinity(_ *site, s *corev1.Service)    { s.Spec.SessionAffinity = corev1.ServiceAffinityClientIP }
+func nodePorts(_ *site, s *corev1.Service) { s.Spec.Type = corev1.ServiceTypeNodePort }
+func affinity(_ *site, s *corev1.Service)  { s.Spec.SessionAffinity = corev1.ServiceAffinityClientIP }
+func dualStack(m *site, s *corev1.Service) {
+	both := corev1.IPFamilyPolicyRequireDualStack
+	s.Spec.IPFamilyPolicy, s.Spec.IPFamilies = &both, []corev1.IPFamily{m.family.name, families[1-m.number].name}
+}
 func externalIPs(m *site, s *corev1.Service) { s.Spec.ExternalIPs = []string{m.externalIP()} }
 func withoutNodePorts(_ *site, s *corev1.Service) {
 	none := false
@@ -181,6 +185,16 @@ var rows = []row{
 	{name: "one port over TCP and UDP", ports: []port{{name: "tcp", port: 80}, {name: "udp", protocol: corev1.ProtocolUDP, port: 80, target: altPort}}, steps: []step{
 		{want: "near+far saw pod"},
 		{network: "udp", want: "near-alt+far-alt saw pod"},
+	}},
+	{name: "dual stack", service: dualStack, endpoints: []endpoint{near}, steps: []step{
+		{change: func(t *testing.T, s *subject) { s.setOthersSlice(t, 1, far) }, from: insiders, want: "near saw itself"},
+		{from: insiders, to: othersClusterIP(80), slow: true, want: "far saw itself"},
+		{change: endpoints(), want: refused},
+		{to: othersClusterIP(80), want: "far saw pod"},
+	}},
+	{name: "a slice of the other family", endpoints: []endpoint{near}, steps: []step{
+		{change: func(t *testing.T, s *subject) { s.setOthersSlice(t, 1, far) }, want: "near saw pod"},
+		{change: endpoints(), want: refused},
 	}},
 	{name: "affinity", service: all(affinity, externalIPs), steps: []step{
 		{want: "one saw pod"},

@@ -260,7 +260,7 @@ func TestAPIServerMisbehaves(t *testing.T) {
 // runByWeb runs the agent against the rig's objects as an API server's, which may misbehave.
 func (r *rig) runByWeb() *webAPI {
 	r.Helper()
-	r.patience = 30 * time.Second // an informer asks again when it thinks fit
+	r.patience = 90 * time.Second // an informer asks again when it thinks fit: after up to a minute, when it has asked often
 	api := startWebAPI(r.T, r.client)
 	client, err := agent.NewClient(api.kubeconfig())
 	if err != nil {
@@ -269,6 +269,25 @@ func (r *rig) runByWeb() *webAPI {
 	r.run(agent.Config{Client: client, Cgroup: r.pod.Cgroup})
 	return api
 }
+
+// outageVariable is how long the API server of TestAPIServerMisbehaves is away, if that is to be long.
+const outageVariable = "PLIMSOLL_OUTAGE"
+
+func outage(t *testing.T) time.Duration {
+	t.Helper()
+	text := os.Getenv(outageVariable)
+	if text == "" {
+		return 0
+	}
+	d, err := time.ParseDuration(text)
+	if err != nil {
+		t.Fatalf("%s: %v", outageVariable, err)
+	}
+	return d
+}
+
+// looks is how often clients connect while the API server is away.
+const looks = 20
 
 func testTrouble(t *testing.T, trouble func(*webAPI) http.HandlerFunc, unheard bool) {
 	at := func(name, address string) (*v1.Service, *discovery.EndpointSlice) {
@@ -308,7 +327,8 @@ func testTrouble(t *testing.T, trouble func(*webAPI) http.HandlerFunc, unheard b
 		t.Fatal(err)
 	}
 	r.create(coming, ofComing)
-	for range 20 {
+	for range looks {
+		time.Sleep(outage(t) / looks)
 		for _, address := range []string{http80, "10.96.0.11:80"} {
 			if got := r.pod.Connect(t, "tcp", address, 5); got.Answers[one+":8080"] != 5 {
 				t.Errorf("%s while the API server is away: %+v", address, got)

@@ -159,7 +159,7 @@ func (b *Balancer) releaseHook() hook {
 }
 
 // Load creates the maps and loads the programs, attached to nothing yet. With a PinDir that a former Balancer of the same
-// sizes left, it continues with that one's frontends.
+// sizes left, it continues with that one's frontends. One of other sizes serves what it has until Supersede is called.
 //
 // It needs Linux 6.1 (bpf_set_retval in connect hooks) and CAP_BPF with CAP_NET_ADMIN, as root has.
 func Load(options Options) (_ *Balancer, err error) {
@@ -181,16 +181,17 @@ func Load(options Options) (_ *Balancer, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the embedded object: %w", err)
 	}
-	if b.options.PinDir != "" {
-		if err := os.MkdirAll(b.pinDir(), 0o700); err != nil {
-			return nil, fmt.Errorf("pin folder: %w", err)
-		}
-	}
 	leaving, err := loadForsake()
 	if err != nil {
 		return nil, fmt.Errorf("read the embedded object: %w", err)
 	}
 	maps, err := b.openMaps(sockets, packets, leaving)
+	if errors.Is(err, ebpf.ErrMapIncompatible) {
+		if err := b.setAside(); err != nil {
+			return nil, err
+		}
+		maps, err = b.openMaps(sockets, packets, leaving)
+	}
 	if err != nil {
 		return nil, b.explainLoad(err)
 	}
@@ -276,6 +277,9 @@ func (b *Balancer) openMaps(specs ...*ebpf.CollectionSpec) (_ map[string]*ebpf.M
 	}
 	pin := ebpf.MapOptions{}
 	if b.options.PinDir != "" {
+		if err := os.MkdirAll(b.pinDir(), 0o700); err != nil {
+			return nil, fmt.Errorf("pin folder: %w", err)
+		}
 		pin.PinPath = b.pinDir()
 		if !b.options.PeerNames {
 			if err := removePin(filepath.Join(b.pinDir(), socketMapStreams)); err != nil {
@@ -313,8 +317,6 @@ func (b *Balancer) openMaps(specs ...*ebpf.CollectionSpec) (_ map[string]*ebpf.M
 // explainLoad says of an error of the kernel what the caller can do about it.
 func (b *Balancer) explainLoad(err error) error {
 	switch {
-	case errors.Is(err, ebpf.ErrMapIncompatible):
-		return fmt.Errorf("maps pinned in %s have other sizes (delete the folder, or keep its sizes): %w", b.pinDir(), err)
 	case errors.Is(err, ebpf.ErrNotSupported):
 		return fmt.Errorf("load the socket hooks: %w: %w", ErrNotSupported, err)
 	case errors.Is(err, unix.EPERM):

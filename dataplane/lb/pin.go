@@ -22,10 +22,24 @@ const maxStreams = 1 << 16
 func (b *Balancer) pinDir() string        { return filepath.Join(b.options.PinDir, layout) }
 func (b *Balancer) linkPin(h hook) string { return filepath.Join(b.pinDir(), h.name) }
 
-// layouts matches the folders of all layouts.
-var layouts = regexp.MustCompile(`^v[0-9]+$`)
+// layouts matches the folders of all layouts, and those that setAside made.
+var layouts = regexp.MustCompile(`^v[0-9]+(-[0-9]+)?$`)
 
-// Supersede removes what Balancers of other layouts pinned under the PinDir, whose programs would go on translating by maps that nobody
+// setAside gives the folder of pins another name, by which it is one of another layout. Its links are the same.
+func (b *Balancer) setAside() error {
+	for i := 1; ; i++ {
+		aside := fmt.Sprint(b.pinDir(), "-", i)
+		if _, err := os.Stat(aside); err == nil {
+			continue
+		}
+		if err := os.Rename(b.pinDir(), aside); err != nil {
+			return fmt.Errorf("set pins aside: %w", err)
+		}
+		return nil
+	}
+}
+
+// Supersede removes what Balancers of other layouts or sizes pinned under the PinDir, whose programs would go on translating by maps that nobody
 // keeps. Until it is called they serve what this one does not know yet. Without a PinDir there is nothing to do.
 func (b *Balancer) Supersede() error {
 	if b.options.PinDir == "" {

@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -71,22 +70,20 @@ func TestPins(t *testing.T) {
 		wantAnswers(t, pod.Connect(t, "tcp", f.Address.String(), 5), 5, "127.0.0.1:8080", "127.0.0.2:8080")
 	}
 
-	if _, err := lb.Load(lb.Options{PinDir: options.PinDir, Services: 64}); err == nil || !strings.Contains(err.Error(), options.PinDir) {
-		t.Errorf("other sizes: want an error that names the folder, got %v", err)
-	}
 	if err := errors.Join(second.Detach(), second.Close()); err != nil {
 		t.Fatal(err)
 	}
 	wantErrors(t, pod.Connect(t, "tcp", vip, 1), 1, unix.ENETUNREACH)
 }
 
-// What a Balancer of another layout left serves until it is superseded, and then no longer; folders of somebody else stay.
+// What a Balancer of another layout or of other sizes left serves until it is superseded, and then no longer; folders of somebody else
+// stay.
 func TestSupersede(t *testing.T) {
 	pod := lbtest.StartPod(t)
 	pod.Listen(t, "tcp", "127.0.0.1:8080")
 	dir := lbtest.MountBPF(t)
-	load := func() *lb.Balancer {
-		b, err := lb.Load(lb.Options{PinDir: dir})
+	load := func(services int) *lb.Balancer {
+		b, err := lb.Load(lb.Options{PinDir: dir, Services: services})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -107,7 +104,7 @@ func TestSupersede(t *testing.T) {
 		}
 		return names
 	}
-	former := load()
+	former := load(0)
 	mustSync(t, former, to(tcp(vip), "127.0.0.1:8080"))
 	if err := former.Close(); err != nil {
 		t.Fatal(err)
@@ -118,19 +115,34 @@ func TestSupersede(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	b := load()
-	wantAnswers(t, pod.Connect(t, "tcp", vip, 5), 5, "127.0.0.1:8080")
-	if err := b.Supersede(); err != nil {
-		t.Fatal(err)
-	}
-	wantErrors(t, pod.Connect(t, "tcp", vip, 1), 1, unix.ENETUNREACH)
-	if got, want := folders(), []string{layout, "versions"}; !slices.Equal(got, want) {
-		t.Errorf("in the folder there is %v, want %v", got, want)
-	}
-	mustSync(t, b, to(tcp(vip), "127.0.0.1:8080"))
-	wantAnswers(t, pod.Connect(t, "tcp", vip, 5), 5, "127.0.0.1:8080")
-	if err := errors.Join(b.Supersede(), b.Detach(), b.Close()); err != nil {
-		t.Fatal(err)
+	for _, services := range []int{0, 64, 128} {
+		b := load(services)
+		wantAnswers(t, pod.Connect(t, "tcp", vip, 5), 5, "127.0.0.1:8080")
+		if known := slices.Collect(b.Frontends()); len(known) != 0 {
+			t.Errorf("with %d Services, taken over: %v, want none", services, known)
+		}
+		if services == 64 { // it ends before it knows any
+			if err := b.Close(); err != nil {
+				t.Fatal(err)
+			}
+			continue
+		}
+		if err := b.Supersede(); err != nil {
+			t.Fatal(err)
+		}
+		wantErrors(t, pod.Connect(t, "tcp", vip, 1), 1, unix.ENETUNREACH)
+		if got, want := folders(), []string{layout, "versions"}; !slices.Equal(got, want) {
+			t.Errorf("in the folder there is %v, want %v", got, want)
+		}
+		mustSync(t, b, to(tcp(vip), "127.0.0.1:8080"))
+		wantAnswers(t, pod.Connect(t, "tcp", vip, 5), 5, "127.0.0.1:8080")
+		end := b.Close
+		if services == 128 {
+			end = func() error { return errors.Join(b.Supersede(), b.Detach(), b.Close()) }
+		}
+		if err := end(); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
