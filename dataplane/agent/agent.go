@@ -137,17 +137,6 @@ func Run(ctx context.Context, cfg Config) (err error) {
 			return err
 		}
 	}
-	// What a former agent attached to and this one does not would go on.
-	if cfg.Cgroup == "" {
-		if err := balancer.ReleaseHooks(); err != nil {
-			return err
-		}
-	}
-	if len(cfg.Devices) == 0 {
-		if err := errors.Join(balancer.ReleaseLoop(cfg.NetNS), balancer.KeepDevices()); err != nil {
-			return err
-		}
-	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var network *network
@@ -158,12 +147,13 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		defer func() { <-network.done }()
 		defer cancel()
 	}
+	if err := release(cfg, balancer); err != nil {
+		return err
+	}
 
 	api := newAPIServer()
-	nodes, services, slices := nodeFactory(cfg, api), serviceFactory(cfg, api), sliceFactory(cfg, api)
-	factories := []informers.SharedInformerFactory{nodes, services, slices}
-	node := nodes.Core().V1().Nodes()
-	status := newStatus(balancer, node, cfg.NodeName, network, api, held.taken)
+	nodes := nodeFactory(cfg, api)
+	status := newStatus(balancer, nodes.Core().V1().Nodes(), cfg.NodeName, network, api, held.taken)
 	var save *saver
 	if cfg.Snapshot != "" {
 		save = newSaver(cfg, balancer, status)
@@ -211,6 +201,44 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	defer watches.Wait()
 	defer cancel()
 
+	follow(ctx, cfg, api, nodes, syncers, network, &watches)
+	if save != nil {
+		watches.Go(func() { save.run(ctx) })
+	}
+	if sweep != nil {
+		watches.Go(func() { sweep.run(ctx) })
+	}
+	if count != nil {
+		watches.Go(func() { count.run(ctx) })
+	}
+	klog.InfoS("Agent started", "node", cfg.NodeName, "cgroup", cfg.Cgroup)
+
+	select {
+	case <-ctx.Done():
+		return nil
+	case err := <-failed:
+		return err
+	}
+}
+
+// release lets go of what a former agent attached to and this one does not, which would go on. It comes after what this one attaches to:
+// no client is without either.
+func release(cfg Config, balancer *lb.Balancer) error {
+	var errs []error
+	if cfg.Cgroup == "" {
+		errs = append(errs, balancer.ReleaseHooks())
+	}
+	if len(cfg.Devices) == 0 {
+		errs = append(errs, balancer.ReleaseLoop(cfg.NetNS), balancer.KeepDevices())
+	}
+	return errors.Join(errs...)
+}
+
+// follow has the syncers and the network know of the API server's objects, by goroutines of a group, until ctx ends. The network may be nil.
+func follow(ctx context.Context, cfg Config, api *apiServer, nodes informers.SharedInformerFactory, syncers []*syncer, network *network, watches *sync.WaitGroup) {
+	services, slices := serviceFactory(cfg, api), sliceFactory(cfg, api)
+	factories := []informers.SharedInformerFactory{nodes, services, slices}
+	node := nodes.Core().V1().Nodes()
 	serviceConfig := proxyconfig.NewServiceConfig(ctx, services.Core().V1().Services(), 0)
 	sliceConfig := proxyconfig.NewEndpointSliceConfig(ctx, slices.Discovery().V1().EndpointSlices(), 0)
 	topologyConfig := proxyconfig.NewNodeTopologyConfig(ctx, node, 0)
@@ -236,26 +264,9 @@ func Run(ctx context.Context, cfg Config) (err error) {
 			factory.Shutdown()
 		})
 	}
-	if save != nil {
-		watches.Go(func() { save.run(ctx) })
-	}
-	if sweep != nil {
-		watches.Go(func() { sweep.run(ctx) })
-	}
-	if count != nil {
-		watches.Go(func() { count.run(ctx) })
-	}
 	watches.Go(func() { serviceConfig.Run(ctx.Done()) })
 	watches.Go(func() { sliceConfig.Run(ctx.Done()) })
 	watches.Go(func() { nodeConfig.Run(ctx.Done()) })
-	klog.InfoS("Agent started", "node", cfg.NodeName, "cgroup", cfg.Cgroup)
-
-	select {
-	case <-ctx.Done():
-		return nil
-	case err := <-failed:
-		return err
-	}
 }
 
 // The watches select what kube-proxy's select. Nothing is listed again periodically: the trackers miss no change.

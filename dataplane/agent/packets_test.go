@@ -8,6 +8,7 @@ import (
 	"maps"
 	"net"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -345,5 +346,34 @@ func TestOneClientBothWays(t *testing.T) {
 		if server := byPackets(address); got.Answers[server] != 20 {
 			t.Errorf("by packets %s answers at %s, and at the socket %v", server, address, got.Answers)
 		}
+	}
+}
+
+// An agent that looks at packets takes over from one that looked at sockets, and the other way round, and no client notices.
+func TestFromSocketsToPacketsAndBack(t *testing.T) {
+	r := newPacketRig(t, service(nil, port("http", v1.ProtocolTCP, 80)), slice("web-1", "http", v1.ProtocolTCP, endpoint(hereIP, thisNode)))
+	packets, sockets := r.config(), agent.Config{Cgroup: r.pod.Cgroup}
+	packets.LB.PinDir = lbtest.MountBPF(t)
+	sockets.LB = packets.LB
+	pinned := func(pattern string) bool {
+		found, err := filepath.Glob(filepath.Join(packets.LB.PinDir, "v*", pattern))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(found) > 0
+	}
+	end := r.run(sockets)
+	r.wants("tcp", http80, hereWeb)
+	stop := r.pod.Hammer(t, "tcp", http80)
+	for _, cfg := range []agent.Config{packets, sockets, packets} {
+		end()
+		end = r.run(cfg)
+		r.eventually(func() bool {
+			return pinned("connect4") == (cfg.Cgroup != "") && pinned("ingress-*") == (len(cfg.Devices) > 0)
+		}, func() string { return "the former agent's programs stay, or this one's do not come" })
+		r.wants("tcp", http80, hereWeb)
+	}
+	if got := stop(); len(got.Errors) > 0 || got.Answers[hereWeb] == 0 {
+		t.Errorf("meanwhile: %+v", got)
 	}
 }
