@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"net"
 	"net/netip"
@@ -413,18 +414,40 @@ func (s *subject) setEndpoints(t *testing.T, endpoints ...endpoint) {
 // setSlice writes one of the Service's slices.
 func (s *subject) setSlice(t *testing.T, number int, ports []port, labels map[string]string, endpoints ...endpoint) {
 	t.Helper()
+	var made []discoveryv1.Endpoint
+	for _, e := range endpoints {
+		made = append(made, s.endpoint(e))
+	}
+	s.writeSlice(t, number, s.addressType(), ports, labels, made)
+}
+
+// setOthersSlice writes one of the Service's slices of the other family.
+func (s *subject) setOthersSlice(t *testing.T, number int, endpoints ...endpoint) {
+	t.Helper()
+	there := *s.site
+	there.family = families[1-s.number]
+	other := *s
+	other.site = &there
+	other.setSlice(t, number, s.ports, nil, endpoints...)
+	s.slices = other.slices
+}
+
+// setNames writes one of the Service's slices that has the names of hosts.
+func (s *subject) setNames(t *testing.T, number int, names ...string) {
+	t.Helper()
+	s.writeSlice(t, number, discoveryv1.AddressTypeFQDN, s.ports, nil, []discoveryv1.Endpoint{{Addresses: names}})
+}
+
+func (s *subject) writeSlice(t *testing.T, number int, of discoveryv1.AddressType, ports []port, labels map[string]string, endpoints []discoveryv1.Endpoint) {
+	t.Helper()
 	slice := &discoveryv1.EndpointSlice{
 		ObjectMeta:  metav1.ObjectMeta{Name: fmt.Sprint(s.service.Name, "-", number), Namespace: s.service.Namespace, Labels: map[string]string{discoveryv1.LabelServiceName: s.service.Name}},
-		AddressType: s.addressType(),
+		AddressType: of,
+		Endpoints:   endpoints,
 	}
-	for name, value := range labels {
-		slice.Labels[name] = value
-	}
+	maps.Copy(slice.Labels, labels)
 	for _, p := range ports {
 		slice.Ports = append(slice.Ports, discoveryv1.EndpointPort{Name: &p.name, Protocol: &p.protocol, Port: &p.target})
-	}
-	for _, e := range endpoints {
-		slice.Endpoints = append(slice.Endpoints, s.endpoint(e))
 	}
 	api := s.api.DiscoveryV1().EndpointSlices(s.service.Namespace)
 	var err error
@@ -437,17 +460,6 @@ func (s *subject) setSlice(t *testing.T, number int, ports []port, labels map[st
 	if err != nil {
 		t.Fatal(err)
 	}
-}
-
-// setOthersSlice writes one of the Service's slices of the other family.
-func (s *subject) setOthersSlice(t *testing.T, number int, endpoints ...endpoint) {
-	t.Helper()
-	there := *s.site
-	there.family = families[1-s.number]
-	other := *s
-	other.site = &there
-	other.setSlice(t, number, s.ports, nil, endpoints...)
-	s.slices = other.slices
 }
 
 func (s *site) endpoint(e endpoint) discoveryv1.Endpoint {

@@ -100,7 +100,8 @@ func (g *guest) ask(q Question) Outcome {
 
 // A Question is what a guest is to ask servers. It is exported for net/rpc, as are Outcome and Orders.
 type Question struct {
-	// Network and Address are where to connect to, N times, each with a socket of its own.
+	// Network and Address are where to connect to, N times, each with a socket of its own. From tcp6 and udp6 an IPv4 address is asked
+	// by a socket of IPv6.
 	Network, Address string
 	N                int
 	// Keep names a socket that asks all the questions, and stays open. It is connected to Address if there is none of that name, unless
@@ -275,6 +276,8 @@ const firstPort, lastPort = 10000, 32000
 func (o *Orders) dial(q Question) (net.Conn, error) {
 	dialer := net.Dialer{Timeout: q.Patience}
 	switch {
+	case strings.HasSuffix(q.Network, "6"):
+		return lbtest.Dial(q.Network, q.Address, q.Patience)
 	case q.Network == "udp":
 		o.ports++
 		dialer.LocalAddr = &net.UDPAddr{Port: firstPort + o.ports%(lastPort-firstPort)}

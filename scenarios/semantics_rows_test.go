@@ -196,6 +196,15 @@ var rows = []row{
 		{change: func(t *testing.T, s *subject) { s.setOthersSlice(t, 1, far) }, want: "near saw pod"},
 		{change: endpoints(), want: refused},
 	}},
+	{name: "a slice of names of hosts", endpoints: []endpoint{near}, steps: []step{
+		{change: func(t *testing.T, s *subject) { s.setNames(t, 1, "far.example") }, want: "near saw pod"},
+		{change: endpoints(), want: refused},
+	}},
+	{name: "IPv4 mapped into IPv6", only: corev1.IPv4Protocol, ports: []port{{name: "tcp", port: 80}, {name: "udp", protocol: corev1.ProtocolUDP, port: 80}}, steps: []step{
+		{from: insiders, network: "tcp6", want: "near+far saw itself"},
+		{from: insiders, network: "udp6", want: "near+far saw itself"},
+		{change: endpoints(), from: insiders, network: "tcp6", want: refused},
+	}},
 	{name: "affinity", service: all(affinity, externalIPs), steps: []step{
 		{want: "one saw pod"},
 		{to: external(80), want: "the same saw node", differs: bySockets("the same saw pod"), why: unmasqueraded},

@@ -15,7 +15,7 @@ import (
 // Hold is the order of the same name.
 func (o *Orders) Hold(t Target, _ *struct{}) error {
 	for range t.N {
-		conn, err := dial(t.Network, t.Address, patience)
+		conn, err := Dial(t.Network, t.Address, patience)
 		if err != nil {
 			return err
 		}

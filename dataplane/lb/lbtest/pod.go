@@ -175,7 +175,7 @@ func (*Orders) ConnectFrom(o Origin, outcome *Outcome) error {
 
 // Keep is the order of the same name.
 func (o *Orders) Keep(t Target, _ *struct{}) (err error) {
-	o.kept, err = dial(t.Network, t.Address, patience)
+	o.kept, err = Dial(t.Network, t.Address, patience)
 	return err
 }
 
@@ -291,7 +291,7 @@ func (t Target) ask() (said, error) {
 	if t.Network == "sctp" {
 		return askSCTP(t.Address, wait)
 	}
-	conn, err := dial(t.Network, t.Address, wait)
+	conn, err := Dial(t.Network, t.Address, wait)
 	if err != nil {
 		return said{}, err
 	}
@@ -327,9 +327,9 @@ func askOn(conn net.Conn, wait time.Duration) (_ said, err error) {
 	return saying(answer[:n], peer), err
 }
 
-// dial connects to an address. An IPv4 address is mapped into IPv6 if the network says 6 (RFC 4291, 2.5.5.2), which package
+// Dial connects to an address. An IPv4 address is mapped into IPv6 if the network says 6 (RFC 4291, 2.5.5.2), which package
 // net never does.
-func dial(network, address string, wait time.Duration) (net.Conn, error) {
+func Dial(network, address string, wait time.Duration) (net.Conn, error) {
 	to, err := netip.ParseAddrPort(address)
 	if err != nil {
 		return nil, err
