@@ -147,9 +147,6 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		defer func() { <-network.done }()
 		defer cancel()
 	}
-	if err := release(cfg, balancer); err != nil {
-		return err
-	}
 
 	api := newAPIServer()
 	nodes := nodeFactory(cfg, api)
@@ -176,7 +173,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 			}
 			// Reading all that there is left as much garbage as it is, and never again will so much be wanted.
 			go debug.FreeOSMemory()
-			if err := balancer.Supersede(); err != nil {
+			if err := errors.Join(release(cfg, balancer), balancer.Supersede()); err != nil {
 				klog.ErrorS(err, "A former agent's programs go on translating", "pinDir", cfg.LB.PinDir)
 			}
 		}))
@@ -221,8 +218,10 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	}
 }
 
-// release lets go of what a former agent attached to and this one does not, which would go on. It comes after what this one attaches to:
-// no client is without either.
+// release lets go of what a former agent attached to and this one does not, which would go on.
+//
+// Subtle: it comes a good while after this one has attached. A connect that passed the hooks' place before they were there sends its first
+// packet later, which only devices translate.
 func release(cfg Config, balancer *lb.Balancer) error {
 	var errs []error
 	if cfg.Cgroup == "" {

@@ -238,11 +238,13 @@ func (n *network) harmed() bool {
 // every 30 s.
 const canaryPeriod = 10 * time.Second
 
-// restoreNAT brings the nftables table back after somebody has flushed all rules.
+// restoreNAT brings the nftables table back after somebody has flushed all rules, and makes one whole that is young.
 func (n *network) restoreNAT() {
 	has, err := n.balancer.HasNAT()
 	if err == nil && !has {
 		klog.InfoS("The agent's nftables table was removed by somebody: installed anew")
+	}
+	if err == nil && !(has && n.balancer.DropsInvalid()) {
 		err = n.balancer.KeepNAT()
 	}
 	n.lack(nat, err)

@@ -114,14 +114,16 @@ type Balancer struct {
 	namespaces           *ebpf.Map
 
 	// Guarded by mu.
-	mu         sync.Mutex
-	links      []link.Link       // one for each hook; nil until Attach
-	devices    map[int]link.Link // by index
-	loop       loop
-	ipv4, ipv6 *family
-	addresses  *addresses
-	ranges     *annex[netip.Prefix, rangeKey]
-	lingering  *annex[netip.AddrPort, lingerKey]
+	mu      sync.Mutex
+	links   []link.Link       // one for each hook; nil until Attach
+	devices map[int]link.Link // by index
+	loop    loop
+	// dropsInvalid is what DropsInvalid tells.
+	dropsInvalid bool
+	ipv4, ipv6   *family
+	addresses    *addresses
+	ranges       *annex[netip.Prefix, rangeKey]
+	lingering    *annex[netip.AddrPort, lingerKey]
 }
 
 // families lists those that are there: both, once Load has succeeded.

@@ -57,11 +57,15 @@ const (
 
 // KeepNAT installs what the packet programs leave to the kernel: its conntrack and NAT, and the refusals. It replaces what a former
 // Balancer left, at once. RemoveNAT takes it away.
+//
+// Where it was not there before, conntrack may begin with it, and takes the answers to what it has not seen for invalid. So what is invalid
+// is dropped only when KeepNAT is called again, which is to be some seconds later; DropsInvalid tells.
 func (b *Balancer) KeepNAT() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	has, _ := b.HasNAT() // what is wrong the change says, too, in words that tell a kernel without nf_tables
 	err := b.changeNAT(func(nft *nftables.Conn) error {
-		if err := addNAT(nft); err != nil {
+		if err := addNAT(nft, has); err != nil {
 			return err
 		}
 		for _, f := range b.families() {
@@ -77,7 +81,15 @@ func (b *Balancer) KeepNAT() error {
 		return fmt.Errorf("%w: NAT by nf_tables: %w", ErrNotSupported, err)
 	}
 	b.loop.chained = false // KeepLoop's chains may have gone with the others
+	b.dropsInvalid = has && err == nil
 	return err
+}
+
+// DropsInvalid tells whether what conntrack takes for invalid is dropped.
+func (b *Balancer) DropsInvalid() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.dropsInvalid
 }
 
 // changeNAT makes a change of natTable where the devices are.
@@ -128,7 +140,7 @@ func RemoveNAT(netNS string) error {
 	})
 }
 
-func addNAT(nft *nftables.Conn) error {
+func addNAT(nft *nftables.Conn, dropInvalid bool) error {
 	table := nft.AddTable(natTable())
 	sctp4, sctp6 := sctpMap(keyWords4), sctpMap(keyWords6)
 	for _, m := range []*nftables.Set{sctp4, sctp6} {
@@ -169,12 +181,16 @@ func addNAT(nft *nftables.Conn) error {
 		append(isMarked(0xffffffff, refuseMark), rejectByICMP))
 	// What conntrack takes for invalid it does not translate: it would come to the client from a stranger, who gets an RST, and the
 	// connection ends (kubernetes/kubernetes#74839). kube-proxy's iptables mode drops it, too.
-	chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, *nftables.ChainPriorityFilter, []expr.Any{
-		&expr.Ct{Register: register, Key: expr.CtKeySTATE},
-		mask(expr.CtStateBitINVALID),
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: register, Data: word32(0)},
-		&expr.Verdict{Kind: expr.VerdictDrop},
-	}, append(isMarked(0xffffffff, refuseMark), rejectByICMP))
+	forward := [][]expr.Any{append(isMarked(0xffffffff, refuseMark), rejectByICMP)}
+	if dropInvalid {
+		forward = append(forward, []expr.Any{
+			&expr.Ct{Register: register, Key: expr.CtKeySTATE},
+			mask(expr.CtStateBitINVALID),
+			&expr.Cmp{Op: expr.CmpOpNeq, Register: register, Data: word32(0)},
+			&expr.Verdict{Kind: expr.VerdictDrop},
+		})
+	}
+	chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, *nftables.ChainPriorityFilter, forward...)
 	return nil
 }
 

@@ -310,3 +310,30 @@ func TestFullOfScopes(t *testing.T) {
 	mustSync(t, b, lb.Change{Frontend: outside(tcp(first)), Withdraw: true})
 	mustSync(t, b, to(tcp(second)))
 }
+
+// What conntrack takes for invalid is dropped where conntrack was there before: the answer to a connect that was under way when it began
+// would be invalid, too.
+func TestInvalidIsDroppedLater(t *testing.T) {
+	node := lbtest.StartNode(t, "10.0.0.1")
+	b := mustLoadPackets(t, node, lb.PacketOptions{})
+	if b.DropsInvalid() {
+		t.Error("a table drops what is invalid as soon as it is there")
+	}
+	for range 2 {
+		if err := b.KeepNAT(); err != nil {
+			t.Fatal(err)
+		}
+		if !b.DropsInvalid() {
+			t.Error("a table that was there does not drop what is invalid")
+		}
+	}
+	if err := lb.RemoveNAT(node.NetNS()); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.KeepNAT(); err != nil {
+		t.Fatal(err)
+	}
+	if b.DropsInvalid() {
+		t.Error("a table that was removed is taken for one that was there")
+	}
+}
