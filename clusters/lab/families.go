@@ -58,7 +58,7 @@ func each[T any](of func(family) T) []T {
 	return made
 }
 
-// podRanges is the value of a --cluster-cidr.
+// podRanges are where the pods of a node are.
 func podRanges() []string { return each(func(f family) string { return f.pods.String() }) }
 
 // single is the range of one address.

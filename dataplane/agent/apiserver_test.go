@@ -327,8 +327,9 @@ func testTrouble(t *testing.T, trouble func(*webAPI) http.HandlerFunc, unheard b
 		t.Fatal(err)
 	}
 	r.create(coming, ofComing)
+	pause := outage(t) / looks
 	for range looks {
-		time.Sleep(outage(t) / looks)
+		time.Sleep(pause)
 		for _, address := range []string{http80, "10.96.0.11:80"} {
 			if got := r.pod.Connect(t, "tcp", address, 5); got.Answers[one+":8080"] != 5 {
 				t.Errorf("%s while the API server is away: %+v", address, got)

@@ -114,11 +114,10 @@ type Balancer struct {
 	namespaces           *ebpf.Map
 
 	// Guarded by mu.
-	mu      sync.Mutex
-	links   []link.Link       // one for each hook; nil until Attach
-	devices map[int]link.Link // by index
-	loop    loop
-	// dropsInvalid is what DropsInvalid tells.
+	mu           sync.Mutex
+	links        []link.Link       // one for each hook; nil until Attach
+	devices      map[int]link.Link // by index
+	loop         loop
 	dropsInvalid bool
 	ipv4, ipv6   *family
 	addresses    *addresses

@@ -39,8 +39,8 @@ func (b *Balancer) setAside() error {
 	}
 }
 
-// Supersede removes what Balancers of other layouts or sizes pinned under the PinDir, whose programs would go on translating by maps that nobody
-// keeps. Until it is called they serve what this one does not know yet. Without a PinDir there is nothing to do.
+// Supersede removes what Balancers of other layouts or sizes pinned under the PinDir, whose programs would go on translating by maps that
+// nobody keeps. Until it is called they serve what this one does not know yet. Without a PinDir there is nothing to do.
 func (b *Balancer) Supersede() error {
 	if b.options.PinDir == "" {
 		return nil

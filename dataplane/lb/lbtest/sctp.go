@@ -110,13 +110,12 @@ func AskSCTP(address string, wait time.Duration) (server, client string, err err
 	return s.answer, s.client, err
 }
 
-// sctpPorts counts the ports that clients of this process had, from anywhere on. None comes again soon: conntrack would take it for the flow
-// that it knows, with the endpoint of that time.
-var sctpPorts = func() *atomic.Uint32 {
-	var from atomic.Uint32
-	from.Store(rand.Uint32N(20000))
-	return &from
-}()
+// sctpPorts counts the ports that clients of this process had, from the first one on, which is any. None comes again soon: conntrack would
+// take it for the flow that it knows, with the endpoint of that time.
+var (
+	firstSCTPPort = rand.Uint32N(20000)
+	sctpPorts     atomic.Uint32
+)
 
 func askSCTP(address string, wait time.Duration) (said, error) {
 	to, err := netip.ParseAddrPort(address)
@@ -132,7 +131,7 @@ func askSCTP(address string, wait time.Duration) (said, error) {
 	if err := conn.SetDeadline(time.Now().Add(wait)); err != nil {
 		return said{}, err
 	}
-	port, tag := uint16(20000+sctpPorts.Add(1)%20000), rand.Uint32()|1
+	port, tag := uint16(20000+(firstSCTPPort+sctpPorts.Add(1))%20000), rand.Uint32()|1
 	if _, err := conn.Write(sctpPacket(port, to.Port(), 0, sctpInit, tag, nil)); err != nil {
 		return said{}, err
 	}
