@@ -261,7 +261,7 @@ func (s *site) DialContext(ctx context.Context, network, address string) (net.Co
 func (f *figures) mustNode(b *testing.B, mode dataplane.Mode) (*lbtest.Node, *site) {
 	b.Helper()
 	node := lbtest.StartNode(b, figuresNode)
-	node.AddAddress(b, figuresOther+"/32")
+	node.AddAddress(b, figuresOther)
 	for _, address := range []string{figuresNode, figuresOther} {
 		node.Listen(b, "tcp", server(address))
 	}

@@ -150,7 +150,9 @@ func Run(ctx context.Context, cfg Config) (err error) {
 
 	api := newAPIServer()
 	nodes := nodeFactory(cfg, api)
-	status := newStatus(balancer, nodes.Core().V1().Nodes(), cfg.NodeName, network, api, held.taken)
+	ipv6 := &ipv6{netNS: cfg.NetNS}
+	ipv6.look()
+	status := newStatus(balancer, nodes.Core().V1().Nodes(), cfg.NodeName, network, ipv6, api, held.taken)
 	var save *saver
 	if cfg.Snapshot != "" {
 		save = newSaver(cfg, balancer, status)
@@ -199,6 +201,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	defer cancel()
 
 	follow(ctx, cfg, api, nodes, syncers, network, &watches)
+	watches.Go(func() { ipv6.run(ctx) })
 	if save != nil {
 		watches.Go(func() { save.run(ctx) })
 	}

@@ -356,13 +356,8 @@ func testTrouble(t *testing.T, trouble func(*webAPI) http.HandlerFunc, unheard b
 // away lists what status says of an API server that is away, and fails the test if metrics say otherwise.
 func (r *rig) away() (reasons []string) {
 	r.Helper()
-	_, text := r.get(r.metric, "/status")
-	var report agent.Report
-	if err := json.Unmarshal([]byte(text), &report); err != nil {
-		r.Fatalf("%v: %s", err, text)
-	}
 	_, metrics := r.get(r.metric, "/metrics")
-	for _, a := range report.API {
+	for _, a := range r.report().API {
 		if a.AwaySince.IsZero() {
 			continue
 		}
@@ -372,6 +367,16 @@ func (r *rig) away() (reasons []string) {
 		}
 	}
 	return reasons
+}
+
+// report is what status says.
+func (r *rig) report() (report agent.Report) {
+	r.Helper()
+	_, text := r.get(r.metric, "/status")
+	if err := json.Unmarshal([]byte(text), &report); err != nil {
+		r.Fatalf("%v: %s", err, text)
+	}
+	return report
 }
 
 // A list that is whole and empty is believed: there are no Services any more.

@@ -33,7 +33,7 @@ func BenchmarkColdLoad(b *testing.B) {
 		}
 		cfg := Config{Client: fake.NewClientset(), NodeName: "here"}
 		nodes := informers.NewSharedInformerFactory(cfg.Client, 0).Core().V1().Nodes()
-		status := newStatus(balancer, nodes, cfg.NodeName, nil, newAPIServer(), "")
+		status := newStatus(balancer, nodes, cfg.NodeName, nil, new(ipv6), newAPIServer(), "")
 		s := newSyncer(cfg, v1.IPv4Protocol, balancer, nil, status, nil, nil, func() {})
 		address := first
 		for i := range services {

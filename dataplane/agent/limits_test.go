@@ -69,7 +69,7 @@ func newTestNodes() coreinformers.NodeInformer {
 
 // newTestStatus is one without a load balancer.
 func newTestStatus(network *network) *status {
-	return newStatus(nil, newTestNodes(), "here", network, newAPIServer(), "")
+	return newStatus(nil, newTestNodes(), "here", network, new(ipv6), newAPIServer(), "")
 }
 
 // An API server that is away for an hour is a line in the log a minute, and one that comes and goes all the time no more.
@@ -276,7 +276,7 @@ func TestOtherAgentInTheNetworkNamespace(t *testing.T) {
 		if held.taken != want {
 			t.Errorf("agent %d: another one is at %q, want %q", i+1, held.taken, want)
 		}
-		s := newStatus(balancer, newTestNodes(), "here", nil, newAPIServer(), held.taken)
+		s := newStatus(balancer, newTestNodes(), "here", nil, new(ipv6), newAPIServer(), held.taken)
 		r := Report{OtherAgent: s.taken, Healthy: s.now().Healthy, Hooks: []string{"connect4"}, Devices: []string{"eth0"}}
 		if r.judge(); !r.Healthy || len(r.Reasons) != i {
 			t.Errorf("agent %d: healthy %t, with notes %q", i+1, r.Healthy, r.Reasons)

@@ -7,7 +7,9 @@ import (
 	"io"
 	"maps"
 	"net"
+	"net/http"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -17,6 +19,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
+	discovery "k8s.io/api/discovery/v1"
 	networking "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -76,14 +79,7 @@ func (r *packetRig) config() agent.Config {
 func (r *packetRig) itself() *rig {
 	r.Helper()
 	r.wantsError("tcp", clusterIP+":81", unix.ECONNREFUSED)
-	r.node.Enter(r.T, func() error {
-		out, err := netlink.LinkByName("eth0")
-		if err != nil {
-			return err
-		}
-		everywhere := &net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}
-		return netlink.RouteAdd(&netlink.Route{LinkIndex: out.Attrs().Index, Dst: everywhere, Scope: netlink.SCOPE_LINK})
-	})
+	r.node.Enter(r.T, func() error { return byDevice("eth0", net.IPv4zero.To4()) })
 	return r.from(r.node.Pod)
 }
 
@@ -276,6 +272,78 @@ func TestPacketsOfTheNode(t *testing.T) {
 	cfg.Devices, cfg.Cgroup = nil, lbtest.NewCgroup(t)
 	r.run(cfg)
 	r.eventually(func() bool { return loop() == 0 }, func() string { return "the loop is left where no packets are looked at" })
+}
+
+// Where IPv6 is off that is said, IPv4 goes on, and what is of IPv6 is reached once it is on: from pods that come, and from the node itself.
+func TestIPv6IsOff(t *testing.T) {
+	const clusterIP6, nodeIP6, clientIP6, hereIP6 = "fd00:96::10", "fd00:1::1", "fd00:2::1", "fd00:2::2"
+	dual := service(func(s *v1.Service) {
+		s.Spec.ClusterIPs = append(s.Spec.ClusterIPs, clusterIP6)
+		s.Spec.IPFamilies = []v1.IPFamily{v1.IPv4Protocol, v1.IPv6Protocol}
+	}, port("http", v1.ProtocolTCP, 80))
+	slice6 := slice("web-6", "http", v1.ProtocolTCP, endpoint(hereIP6, thisNode))
+	slice6.AddressType = discovery.AddressTypeIPv6
+	cidr6 := &networking.ServiceCIDR{ObjectMeta: metav1.ObjectMeta{Name: "six"}, Spec: networking.ServiceCIDRSpec{CIDRs: []string{"fd00:96::/112"}}}
+	log := agent.StartLogs(t)
+	r := newPacketRig(t, dual, cidr6, slice("web-4", "http", v1.ProtocolTCP, endpoint(hereIP, thisNode)), slice6)
+	r.patience = 30 * time.Second
+	turn := func(off string) {
+		t.Helper()
+		r.node.Enter(t, func() error { return os.WriteFile("/proc/sys/net/ipv6/conf/all/disable_ipv6", []byte(off), 0) })
+	}
+	turn("1")
+	r.run(r.config())
+	// says wants log, metrics, status and health to say whether it is off.
+	says := func(off bool, line string) {
+		t.Helper()
+		metric := "\nplimsoll_lb_family_off{ip_family=\"IPv6\"} 0\n"
+		if off {
+			metric = strings.Replace(metric, "0", "1", 1)
+		}
+		var metrics string
+		r.eventually(func() bool { _, metrics = r.get(r.metric, "/metrics"); return strings.Contains(metrics, metric) },
+			func() string { return "want" + metric + "got\n" + metrics })
+		if n := log.Count(line); n != 1 {
+			t.Errorf("%q is said %d times: %s", line, n, log)
+		}
+		report := r.report()
+		for _, family := range report.Families {
+			if want := off && family.Family == string(v1.IPv6Protocol); family.Off != want {
+				t.Errorf("status says of %s whether it is off: %v", family.Family, family.Off)
+			}
+		}
+		if slices.ContainsFunc(report.Reasons, func(s string) bool { return strings.HasPrefix(s, "IPv6: it is off on this node") }) != off {
+			t.Errorf("off: %v, and status gives these reasons: %q", off, report.Reasons)
+		}
+		r.eventually(func() bool { code, _ := r.get(r.health, "/healthz"); return code == http.StatusOK }, func() string { return "not healthy" })
+	}
+	node := r.itself()
+	says(true, "IPv6 is off on this node")
+	for _, client := range []*rig{r.rig, node} {
+		client.wants("tcp", http80, hereWeb)
+	}
+
+	turn("0")
+	http6, here6 := net.JoinHostPort(clusterIP6, "80"), net.JoinHostPort(hereIP6, "8080")
+	r.node.AddAddress(t, nodeIP6)
+	r.here = r.node.AddPod(t, "pod-here6", hereIP6)
+	r.here.Listen(t, "tcp", here6)
+	client := r.node.AddPod(t, "pod-client6", clientIP6)
+	r.node.Enter(t, func() error { return byDevice("eth0", net.IPv6zero) })
+	says(false, "IPv6 is on again on this node")
+	r.from(client).wants("tcp", http6, here6)
+	node.wants("tcp", http6, here6)
+	r.wants("tcp", http80, hereWeb)
+}
+
+// byDevice has packets to everywhere leave by a device.
+func byDevice(device string, everywhere net.IP) error {
+	out, err := netlink.LinkByName(device)
+	if err != nil {
+		return err
+	}
+	to := &net.IPNet{IP: everywhere, Mask: net.CIDRMask(0, 8*len(everywhere))}
+	return netlink.RouteAdd(&netlink.Route{LinkIndex: out.Attrs().Index, Dst: to, Scope: netlink.SCOPE_LINK})
 }
 
 // A flow of UDP goes to another endpoint when its own is gone.

@@ -52,6 +52,7 @@ type Report struct {
 // A FamilyReport is that of an IP version.
 type FamilyReport struct {
 	Family    string    `json:"ipFamily"`
+	Off       bool      `json:"off"`      // whether the node has none of it
 	LastSync  time.Time `json:"lastSync"` // the last without an error; zero: none yet
 	Failed    int       `json:"failedFrontends"`
 	Contested int       `json:"contestedFrontends"`
@@ -103,6 +104,7 @@ func (r *reporter) report() Report {
 			counts = ipv6
 		}
 		family := s.report()
+		family.Off = s.family == v1.IPv6Protocol && r.status.ipv6.isOff()
 		family.Services = Fill{counts.Entries, counts.ServicesCapacity}
 		family.Backends = Fill{counts.Slots, counts.BackendsCapacity}
 		report.Families = append(report.Families, family)
@@ -137,6 +139,9 @@ func (r *Report) judge() {
 	for _, f := range r.Families {
 		if f.LastSync.IsZero() {
 			add(None, "%s: nothing has been synced yet", f.Family)
+		}
+		if f.Off {
+			r.Reasons = append(r.Reasons, fmt.Sprintf("%s: it is off on this node (net.ipv6.conf.*.disable_ipv6): nobody reaches its Services here before it is on", f.Family))
 		}
 		if f.Failed > 0 {
 			add(Partial, "%s: %d frontends could not be programmed (see the log)", f.Family, f.Failed)

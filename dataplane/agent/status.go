@@ -49,18 +49,20 @@ type status struct {
 	contested      *metrics.GaugeVec
 	ignored        *metrics.GaugeVec
 	network        *network // nil without devices
+	ipv6           *ipv6
 	api            *apiServer
 	taken          string // the network namespace, if another agent may be at work there
 }
 
 // newStatus registers kube-proxy's metrics under their own names, and the load balancer's.
-func newStatus(balancer *lb.Balancer, nodes coreinformers.NodeInformer, nodeName string, network *network, api *apiServer, taken string) *status {
+func newStatus(balancer *lb.Balancer, nodes coreinformers.NodeInformer, nodeName string, network *network, ipv6 *ipv6, api *apiServer, taken string) *status {
 	proxymetrics.RegisterMetrics(kubeproxyconfig.ProxyMode(Mode))
 	registerPartial()
 	s := &status{
 		health:   healthcheck.NewProxyHealthServer("", 2*retryPeriod, node{nodes.Lister(), nodeName, nodes.Informer().HasSynced, balancer}),
 		registry: metrics.NewKubeRegistry(),
 		network:  network,
+		ipv6:     ipv6,
 		api:      api,
 		taken:    taken,
 		syncErrors: metrics.NewCounter(&metrics.CounterOpts{
@@ -88,6 +90,18 @@ func newStatus(balancer *lb.Balancer, nodes coreinformers.NodeInformer, nodeName
 	s.registry.RawMustRegister(prometheus.NewGaugeFunc(
 		prometheus.GaugeOpts{Name: "plimsoll_lb_other_agents", Help: "1 if another agent may be at work in the network namespace, whose lock was held when this one started"},
 		func() float64 { return float64(min(1, len(taken))) },
+	))
+	s.registry.RawMustRegister(prometheus.NewGaugeFunc(
+		prometheus.GaugeOpts{
+			Name: "plimsoll_lb_family_off", Help: "1 if the node has none of an IP version, so that nobody reaches its Services there",
+			ConstLabels: prometheus.Labels{"ip_family": string(v1.IPv6Protocol)},
+		},
+		func() float64 {
+			if ipv6.isOff() {
+				return 1
+			}
+			return 0
+		},
 	))
 	api.register(s.registry)
 	gauge := func(name, help string, labels map[string]string, value func(lb.Counts) int) {

@@ -128,8 +128,15 @@ func makeLoop() (int, error) {
 		return 0, err
 	}
 	families := map[int]*net.IPNet{netlink.FAMILY_V4: {IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}}
-	if off, err := os.ReadFile(devConf(6, loopOut, "disable_ipv6")); err == nil && !bytes.HasPrefix(off, []byte("1")) {
+	if off, err := IsIPv6Off(); err != nil {
+		return 0, err
+	} else if !off {
 		families[netlink.FAMILY_V6] = &net.IPNet{IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}
+		for _, device := range []string{loopOut, loopIn} { // which were made while IPv6 was off, perhaps
+			if err := os.WriteFile(devConf(6, device, disableIPv6), []byte("0"), 0); err != nil {
+				return 0, err
+			}
+		}
 	}
 	for family, everywhere := range families {
 		route := &netlink.Route{LinkIndex: out.Attrs().Index, Dst: everywhere, Table: loopWays, Family: family, Scope: netlink.SCOPE_LINK}
@@ -141,6 +148,35 @@ func makeLoop() (int, error) {
 		}
 	}
 	return in.Attrs().Index, nil
+}
+
+const disableIPv6 = "disable_ipv6"
+
+// IsIPv6Off tells whether the thread's network namespace has no IPv6: the kernel was started without (ipv6.disable=1), or disable_ipv6 is set
+// for each of its devices, those of loops left aside. IPv4 cannot be off.
+func IsIPv6Off() (bool, error) {
+	settings, err := filepath.Glob(devConf(6, "*", disableIPv6))
+	if err != nil {
+		return false, err
+	}
+	seen := false
+	for _, file := range settings {
+		device := filepath.Base(filepath.Dir(file))
+		if slices.Contains([]string{"all", "default", "lo", loopOut, loopIn}, device) {
+			continue
+		}
+		value, err := os.ReadFile(file)
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+			continue // the device is gone
+		} else if err != nil {
+			return false, fmt.Errorf("look whether IPv6 is off: %w", err)
+		}
+		if !bytes.HasPrefix(value, []byte("1")) {
+			return false, nil
+		}
+		seen = true
+	}
+	return seen || len(settings) == 0, nil
 }
 
 func loopRuleOf(family int) *netlink.Rule {

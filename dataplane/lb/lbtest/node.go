@@ -25,13 +25,19 @@ type Node struct {
 func StartNode(tb testing.TB, addresses ...string) *Node {
 	tb.Helper()
 	n := &Node{Pod: StartPod(tb)}
-	for _, a := range addresses {
-		address := netip.MustParseAddr(a)
-		n.addresses = append(n.addresses, address)
-		n.AddAddress(tb, netip.PrefixFrom(address, address.BitLen()).String())
+	for _, address := range addresses {
+		n.AddAddress(tb, address)
 	}
 	n.do(tb, "Forward", struct{}{}, nil)
 	return n
+}
+
+// AddAddress gives the node an address more, and pods that come later a route by it.
+func (n *Node) AddAddress(tb testing.TB, address string) {
+	tb.Helper()
+	a := netip.MustParseAddr(address)
+	n.addresses = append(n.addresses, a)
+	n.Pod.AddAddress(tb, netip.PrefixFrom(a, a.BitLen()).String())
 }
 
 // AddPod starts a pod whose packets arrive at the node's device of that name, and which has a route to everywhere by the node.
