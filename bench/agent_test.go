@@ -249,7 +249,7 @@ func mustControlPlane(t testing.TB, bin string) (*lab.ControlPlane, string) {
 		}
 	})
 	kubeconfig := filepath.Join(dir, "kubeconfig")
-	if err := control.Kubeconfig(kubeconfig, "https://"+apiServer); err != nil {
+	if err := control.Kubeconfig(kubeconfig, apiServer); err != nil {
 		t.Fatal(err)
 	}
 	return control, kubeconfig

@@ -328,11 +328,11 @@ func (c *ControlPlane) Etcd() (*clientv3.Client, error) {
 	return client, nil
 }
 
-// Kubeconfig writes a file for programs that reach the API server at server, an https URL with address 127.0.0.1, which the
-// certificate is for. Only its owner may read it.
-func (c *ControlPlane) Kubeconfig(path, server string) error {
+// Kubeconfig writes a file for programs that reach the API server at a port of 127.0.0.1, which the certificate is for. Only its owner may
+// read it.
+func (c *ControlPlane) Kubeconfig(path, address string) error {
 	config := clientcmdapi.NewConfig()
-	config.Clusters["lab"] = &clientcmdapi.Cluster{Server: server, CertificateAuthorityData: c.certificate}
+	config.Clusters["lab"] = &clientcmdapi.Cluster{Server: "https://" + address, CertificateAuthorityData: c.certificate}
 	config.AuthInfos[controlUser] = &clientcmdapi.AuthInfo{Token: c.token}
 	config.Contexts["lab"] = &clientcmdapi.Context{Cluster: "lab", AuthInfo: controlUser}
 	config.CurrentContext = "lab"

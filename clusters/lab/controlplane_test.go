@@ -87,7 +87,7 @@ func TestControlPlane(t *testing.T) {
 	defer l.Close()
 	go c.Forward(l)
 	path := filepath.Join(o.Dir, "kubeconfig")
-	if err := c.Kubeconfig(path, "https://"+l.Addr().String()); err != nil {
+	if err := c.Kubeconfig(path, l.Addr().String()); err != nil {
 		t.Fatal(err)
 	}
 	config, err := clientcmd.BuildConfigFromFlags("", path)

@@ -41,6 +41,10 @@ var (
 	}
 )
 
+// Node is a node's address, and Services the range of Services' addresses, both of IPv4.
+func Node() netip.Addr       { return ipv4.node }
+func Services() netip.Prefix { return ipv4.services }
+
 // families are those that this kernel speaks, IPv4 first: one that was started with ipv6.disable=1 has IPv4 alone.
 var families = sync.OnceValue(func() []family {
 	if _, err := os.Stat("/proc/sys/net/ipv6"); err != nil {

@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -24,7 +25,26 @@ import (
 )
 
 // Provider opens labs.
-type Provider struct{}
+type Provider struct {
+	// StartAPI starts another API server than etcd and kube-apiserver, which nil stands for.
+	StartAPI func() (API, error)
+}
+
+// An API is an API server with what stands behind it, or what does as one.
+type API interface {
+	// RESTConfig reaches it from this process as an administrator.
+	RESTConfig() *rest.Config
+	// Etcd reaches its storage; a nil client says that there is no way. Close it.
+	Etcd() (*clientv3.Client, error)
+	// Kubeconfig writes a file for programs that reach it at an address, as 127.0.0.1:6443.
+	Kubeconfig(file, address string) error
+	// Forward carries the connections that l accepts to it, until l is closed.
+	Forward(l net.Listener)
+	// Done is closed when it has ended, and Err then says how.
+	Done() <-chan struct{}
+	Err() error
+	Close(ctx context.Context) error
+}
 
 var _ clusters.Provider = Provider{}
 
@@ -40,7 +60,7 @@ func (Provider) Supports(clusters.ProxySpec) error { return nil }
 // lab is one control plane and its nodes.
 type lab struct {
 	run     *host.Run
-	control *ControlPlane
+	control API
 	etcd    *clientv3.Client
 	nodes   []*node
 }
@@ -48,7 +68,7 @@ type lab struct {
 var _ clusters.Cluster = (*lab)(nil)
 
 // Create starts the control plane, makes the nodes, and returns when each proxy is healthy or its node's Err says why not.
-func (Provider) Create(ctx context.Context, plan clusters.Plan) ([]clusters.Cluster, error) {
+func (p Provider) Create(ctx context.Context, plan clusters.Plan) ([]clusters.Cluster, error) {
 	if os.Geteuid() != 0 {
 		return nil, errors.New("the lab makes network namespaces and cgroups: run it as root (sudo)")
 	}
@@ -75,23 +95,27 @@ func (Provider) Create(ctx context.Context, plan clusters.Plan) ([]clusters.Clus
 		return nil, err
 	}
 	l := &lab{run: r}
-	if err := l.create(ctx, plan, progress); err != nil {
+	if err := l.create(ctx, p.StartAPI, plan, progress); err != nil {
 		return nil, errors.Join(err, l.Close(context.WithoutCancel(ctx)))
 	}
 	return []clusters.Cluster{l}, nil
 }
 
-func (l *lab) create(ctx context.Context, plan clusters.Plan, progress func(string)) error {
-	progress("starting etcd and kube-apiserver")
-	var err error
-	if l.control, err = startControlPlane(ctx, l.run, plan.Bin); err != nil {
+func (l *lab) create(ctx context.Context, startAPI func() (API, error), plan clusters.Plan, progress func(string)) error {
+	if startAPI == nil {
+		progress("starting etcd and kube-apiserver")
+		startAPI = func() (API, error) { return startControlPlane(ctx, l.run, plan.Bin) }
+	}
+	control, err := startAPI()
+	if err != nil {
 		return err
 	}
+	l.control = control
 	if l.etcd, err = l.control.Etcd(); err != nil {
 		return err
 	}
 	kubeconfig := filepath.Join(l.run.Dir, "kubeconfig")
-	if err := l.control.Kubeconfig(kubeconfig, "https://"+apiServerLocal); err != nil {
+	if err := l.control.Kubeconfig(kubeconfig, apiServerLocal); err != nil {
 		return err
 	}
 	// kube-proxy waits for its Node object, so the objects come first.
@@ -116,7 +140,13 @@ func (l *lab) create(ctx context.Context, plan clusters.Plan, progress func(stri
 	// Without an API server no proxy becomes healthy: its end is this lab's, not theirs.
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	defer context.AfterFunc(l.control.failed, func() { cancel(l.control.Err()) })()
+	go func() {
+		select {
+		case <-l.control.Done():
+			cancel(l.control.Err())
+		case <-ctx.Done():
+		}
+	}()
 	g, ctx := errgroup.WithContext(ctx)
 	for _, n := range l.nodes {
 		g.Go(func() error { return n.startProxy(ctx, plan.Bin, kubeconfig) })

@@ -252,7 +252,7 @@ func (n *node) close(ctx context.Context) error {
 
 // forward gives the node a way to the API server. The listening socket is opened in the node's namespace, so nothing of it is
 // on the host.
-func (n *node) forward(control *ControlPlane) error {
+func (n *node) forward(control API) error {
 	l, err := n.ns.Listen(context.Background(), apiServerLocal)
 	if err != nil {
 		return fmt.Errorf("node %s: listen for the API server: %w", n.spec.Name, err)

@@ -132,7 +132,7 @@ func start(ctx context.Context, dir string, report func(string)) (err error) {
 	// What an earlier engine's containers left in the store is of no use to anybody.
 	e := own()
 	for _, args := range [][]string{{"rm", "--all", "--force", "--volumes"}, {"volume", "prune", "--force"}} {
-		if err := runQuiet(e.Command(ctx, args...)); err != nil {
+		if err := host.Quietly(e.Command(ctx, args...)); err != nil {
 			return err
 		}
 	}

@@ -9,12 +9,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
 )
 
 // packages are what the engine is made of. What they depend on and the host has not is unpacked with them.
@@ -37,72 +38,15 @@ func unpack(ctx context.Context, cache string, report func(string)) (dir string,
 	if _, err := os.Stat(stamp); err == nil {
 		return dir, nil
 	}
-	for _, program := range []string{"apt-get", "dpkg-deb", "tar"} {
-		if _, err := exec.LookPath(program); err != nil {
-			return "", fmt.Errorf("%s is not here: on this distribution install Docker or podman instead", program)
-		}
-	}
 	report("unpacking a container engine: " + strings.Join(packages, ", "))
-	root, debs, lists := filepath.Join(dir, "root"), filepath.Join(dir, "debs"), filepath.Join(dir, "lists")
-	if err := os.RemoveAll(root); err != nil {
-		return "", err
-	}
-	for _, d := range []string{filepath.Join(debs, "partial"), filepath.Join(lists, "partial"), filepath.Join(root, "etc"), filepath.Join(root, "usr")} {
-		if err := os.MkdirAll(d, 0o755); err != nil {
-			return "", err
-		}
-	}
-	// Packages from before the merge of /usr have /lib and /sbin of their own.
-	for _, name := range []string{"bin", "sbin", "lib", "lib64"} {
-		if err := errors.Join(os.MkdirAll(filepath.Join(root, "usr", name), 0o755), os.Symlink("usr/"+name, filepath.Join(root, name))); err != nil {
-			return "", err
-		}
-	}
-	apt := []string{"-q", "-o", "Dir::State::lists=" + lists, "-o", "Dir::Cache::archives=" + debs, "-o", "APT::Sandbox::User=root", "-o", "Debug::NoLocking=1"}
-	install := append([]string{"install", "--download-only", "--yes", "--no-install-recommends", "--reinstall"}, packages...)
-	for _, args := range [][]string{{"update"}, install} {
-		if err := runQuiet(exec.CommandContext(ctx, "apt-get", append(apt[:len(apt):len(apt)], args...)...)); err != nil {
-			return "", err
-		}
-	}
-	found, err := filepath.Glob(filepath.Join(debs, "*.deb"))
+	shelf, err := host.NewShelf(ctx, dir)
 	if err != nil {
-		return "", err
+		return "", fmt.Errorf("%w; with Docker or podman installed none is unpacked", err)
 	}
-	for _, deb := range found {
-		if err := extract(ctx, deb, root); err != nil {
-			return "", err
-		}
-	}
-	if err := errors.Join(os.RemoveAll(debs), os.RemoveAll(lists)); err != nil {
+	if err := errors.Join(shelf.UnpackWhole(ctx, packages...), shelf.Close()); err != nil {
 		return "", err
 	}
 	return dir, os.WriteFile(stamp, nil, 0o644)
-}
-
-// extract lays a package's files below root, through the links of a merged /usr.
-func extract(ctx context.Context, deb, root string) error {
-	unpack := exec.CommandContext(ctx, "dpkg-deb", "--fsys-tarfile", deb)
-	lay := exec.CommandContext(ctx, "tar", "--extract", "--keep-directory-symlink", "--directory", root)
-	pipe, err := unpack.StdoutPipe()
-	if err != nil {
-		return err
-	}
-	lay.Stdin = pipe
-	if err := unpack.Start(); err != nil {
-		return err
-	}
-	return errors.Join(runQuiet(lay), unpack.Wait())
-}
-
-// runQuiet runs a command; its error carries the command's line and the end of what it said.
-func runQuiet(cmd *exec.Cmd) error {
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		lines := strings.Split(strings.TrimSpace(string(out)), "\n")
-		return fmt.Errorf("%s: %w: %s", strings.Join(cmd.Args, " "), err, lines[len(lines)-1])
-	}
-	return nil
 }
 
 // writeConfiguration writes podman's configuration into the unpacked /etc. Containers and images are kept in the cache.

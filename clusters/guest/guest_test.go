@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package guest_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/clusters/guest"
+)
+
+// TestMain is the guests' init, too, for which the tests' own program is the guests'.
+func TestMain(m *testing.M) {
+	if guest.IsInit() {
+		guest.Init(func(_ context.Context, job []byte, out io.Writer) error { return jobs[string(job)](out) })
+	}
+	os.Exit(m.Run())
+}
+
+// jobs are what guests do in tests.
+var jobs = map[string]func(out io.Writer) error{
+	"count": func(out io.Writer) error {
+		// Nothing but the processor makes the clock go on.
+		start := time.Now()
+		sum := 0
+		for i := range 1_000_000 {
+			sum += i
+		}
+		_, err := fmt.Fprintln(out, sum, time.Since(start))
+		return err
+	},
+	"site": func(out io.Writer) error {
+		clusters, err := guest.Provider{}.Create(context.Background(), clusters.Plan{
+			Name: "guest", Dir: "/run/logs", Program: "/usr/local/bin/plimsoll", Progress: func(s string) { fmt.Println(s) },
+			Sites: []clusters.ProxySpec{{Name: "ipvs", KubeProxy: "ipvs", IPTables: "nft"}},
+		})
+		if err != nil {
+			return err
+		}
+		err = clusters[0].Sites()[0].Err()
+		b, _ := os.ReadFile("/run/logs/ipvs/kube-proxy.log")
+		fmt.Fprintf(out, "%s\n", b)
+		return err
+	},
+	"fail":  func(io.Writer) error { return errors.New("no luck") },
+	"hang": func(io.Writer) error {
+		for {
+			time.Sleep(time.Hour) // which the guest's clock leaps over
+		}
+	},
+	"panic": func(io.Writer) error { return os.WriteFile("/proc/sysrq-trigger", []byte("c"), 0) },
+	"exhaust": func(io.Writer) error {
+		for {
+			b, err := unix.Mmap(-1, 0, 64<<20, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE|unix.MAP_POPULATE)
+			if err != nil {
+				return err
+			}
+			b[0] = 1
+		}
+	},
+}
+
+func newMachine(t *testing.T) guest.Machine {
+	t.Helper()
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cache = filepath.Join(cache, "plimsoll")
+	said := func(what string) { t.Log(what) }
+	if _, err := guest.QEMUVersion(t.Context()); errors.Is(err, clusters.ErrNotSupported) {
+		t.Skipf("skipped: %v", err)
+	}
+	kernel, err := guest.FetchKernel(t.Context(), cache, "", said)
+	if err != nil {
+		t.Fatal(err)
+	}
+	me, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	initramfs, err := guest.BuildInitramfs(t.Context(), t.TempDir(), kernel, guest.Programs{Plimsoll: me, KubeProxy: "../../bin/kube-proxy"}, said)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return guest.Machine{Kernel: kernel, Initramfs: initramfs, Memory: 512, Seed: 1, Limit: 2 * time.Minute}
+}
+
+// What a job writes comes out, the same each time.
+func TestRun(t *testing.T) {
+	m := newMachine(t)
+	var first string
+	for range 2 {
+		out, err := m.Run(t.Context(), t.TempDir(), []byte("count"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("%s", out)
+		if first == "" {
+			first = string(out)
+		}
+		if string(out) != first {
+			t.Errorf("%q, and then %q", first, out)
+		}
+	}
+}
+
+func TestSite(t *testing.T) {
+	m := newMachine(t)
+	m.Memory = 3072
+	out, err := m.Run(t.Context(), t.TempDir(), []byte("site"))
+	t.Logf("%s %v", out, err)
+}
+
+// Whatever ends a guest is in the error.
+func TestRunFails(t *testing.T) {
+	m := newMachine(t)
+	for job, want := range map[string]string{"fail": "no luck", "panic": "sysrq triggered crash", "exhaust": "Out of memory"} {
+		t.Run(job, func(t *testing.T) {
+			if _, err := m.Run(t.Context(), t.TempDir(), []byte(job)); err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("want %q, got %v", want, err)
+			}
+		})
+	}
+	m.Limit = 20 * time.Second
+	if _, err := m.Run(t.Context(), t.TempDir(), []byte("hang")); err == nil || !strings.Contains(err.Error(), "not done within 20s") {
+		t.Errorf("want its end, got %v", err)
+	}
+}
