@@ -15,6 +15,8 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+
+	"github.com/plimsoll-bench/plimsoll/clusters/guest"
 )
 
 // version and commit are set by the linker.
@@ -30,6 +32,9 @@ const interrupted = 130
 var errInterrupted = errors.New("interrupted")
 
 func main() {
+	if guest.IsInit() {
+		guest.Init(doCell)
+	}
 	ctx, cancel := context.WithCancelCause(context.Background())
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)

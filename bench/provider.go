@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/clusters/guest"
 	"github.com/plimsoll-bench/plimsoll/clusters/kind"
 	"github.com/plimsoll-bench/plimsoll/clusters/lab"
 	"github.com/plimsoll-bench/plimsoll/scenarios"
@@ -17,6 +18,7 @@ import (
 var providers = []clusters.Provider{
 	lab.Provider{},
 	kind.Provider{},
+	guest.Provider{},
 }
 
 // autoProvider lets what is found here choose.

@@ -12,6 +12,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -21,6 +22,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/clusters/guest"
 	"github.com/plimsoll-bench/plimsoll/dataplane"
 	"github.com/plimsoll-bench/plimsoll/results"
 	"github.com/plimsoll-bench/plimsoll/scenarios"
@@ -51,6 +53,7 @@ type runOptions struct {
 	provider string
 	profile  string
 	plan     scenarios.Plan
+	guest    guestOptions
 }
 
 func newRunCommand() *cobra.Command {
@@ -86,6 +89,11 @@ func newRunCommand() *cobra.Command {
 	f.StringVar(&o.plan.NodeImage, "node-image", "", "image of kind's nodes (default kind's own pinned one; what make node-image made on the engine of make kind-engine)")
 	f.BoolVar(&o.plan.Retain, "retain", false, "keep kind's clusters and say how to enter them; plimsoll clean removes them")
 	f.Float64Var(&o.plan.Rate, "rate", 1000, "connects a second while CPU is measured, the same for all modes")
+	f.StringVar(&o.guest.kernel, "kernel", "", "bzImage of guests, with its modules in lib/modules beside its folder")
+	f.StringVar(&o.guest.pack, "kernel-package", "", "the distribution's package with the kernel of guests (default Debian's 6.12 for virtual machines)")
+	f.IntVar(&o.guest.side, "guests", runtime.NumCPU(), "guests side by side")
+	f.IntVar(&o.guest.memory, "guest-memory", 3072, "memory of a guest, in MiB")
+	f.DurationVar(&o.guest.timeout, "guest-limit", 20*time.Minute, "how long a guest may take for one mode at one number of Services before it is skipped")
 	f.IntVar(&o.plan.PacedConnects, "paced-connects", 0, "connects per visit and target while CPU is measured")
 	return cmd
 }
@@ -182,7 +190,7 @@ func (o *runOptions) run(ctx context.Context, stdout, stderr io.Writer) (err err
 			return err
 		}
 	}
-	if os.Geteuid() != 0 {
+	if _, counts := provider.(guest.Provider); os.Geteuid() != 0 && !counts {
 		return errors.New("measuring makes network namespaces and loads BPF programs: run it as root (sudo)")
 	}
 	now := time.Now()
@@ -220,7 +228,11 @@ func (o *runOptions) run(ctx context.Context, stdout, stderr io.Writer) (err err
 		progress.Step(said)
 	}
 	modules := loadedModules()
-	err = scenarios.Run(ctx, o.plan, provider, env, progress)
+	if _, counts := provider.(guest.Provider); counts {
+		err = o.count(ctx, env, progress)
+	} else {
+		err = scenarios.Run(ctx, o.plan, provider, env, progress)
+	}
 	if err != nil {
 		progress.write("error: " + err.Error())
 	}

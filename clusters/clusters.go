@@ -20,6 +20,9 @@ import (
 // and goes on.
 var ErrNotSupported = errors.New("not supported here")
 
+// ErrLate is wrapped by errors of what was not done within its limit.
+var ErrLate = errors.New("late")
+
 // A Provider makes clusters. The list of providers stands in the command line, because each lives in a folder of its own
 // below this package.
 type Provider interface {

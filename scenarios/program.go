@@ -234,18 +234,26 @@ func (b *bench) lose(ctx context.Context, r *rung, s *site, why string) error {
 
 // skip writes one row a scenario and target that says why there is nothing to measure.
 func (b *bench) skip(r *rung, mode, why string) error {
-	for _, sc := range b.scenarios {
-		for _, target := range sc.Targets() {
-			rec := b.record(r, sc.Name(), mode, target, 0)
-			rec.Skipped = why
-			if err := b.writer.Append(rec); err != nil {
-				return err
-			}
+	for _, rec := range b.skips(r, mode, why) {
+		if err := b.writer.Append(rec); err != nil {
+			return err
 		}
 	}
-	rec := b.record(r, programming, mode, "fleet", 0)
-	rec.Skipped = why
-	return b.writer.Append(rec)
+	return nil
+}
+
+// skips are the rows of a mode at a rung that say why there is nothing to measure.
+func (b *bench) skips(r *rung, mode, why string) (all []results.Record) {
+	for _, sc := range b.scenarios {
+		for _, target := range sc.Targets() {
+			all = append(all, b.record(r, sc.Name(), mode, target, 0))
+		}
+	}
+	all = append(all, b.record(r, programming, mode, "fleet", 0))
+	for i := range all {
+		all[i].Skipped = why
+	}
+	return all
 }
 
 // restShare and restTime say what rest is: a proxy that used less than 1 % of a CPU for two seconds and has nothing queued.

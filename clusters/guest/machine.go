@@ -66,7 +66,7 @@ func (m Machine) Run(ctx context.Context, dir string, job []byte) ([]byte, error
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	if m.Limit > 0 {
-		ctx, cancel = context.WithTimeoutCause(ctx, m.Limit, fmt.Errorf("not done within %v", m.Limit))
+		ctx, cancel = context.WithTimeoutCause(ctx, m.Limit, fmt.Errorf("%w: not done within %v", clusters.ErrLate, m.Limit))
 		defer cancel()
 	}
 	cmd := exec.CommandContext(ctx, emulator, m.args(console, out, job)...)

@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package scenarios
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"time"
+
+	"k8s.io/client-go/kubernetes"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/dataplane"
+	"github.com/plimsoll-bench/plimsoll/results"
+	"github.com/plimsoll-bench/plimsoll/scenarios/fleet"
+	"github.com/plimsoll-bench/plimsoll/scenarios/load"
+	"github.com/plimsoll-bench/plimsoll/scenarios/meters"
+)
+
+// A Cell is what one guest does: one mode at one rung, all scenarios. There a nanosecond is an instruction, and what takes time but no
+// instruction is waiting.
+type Cell struct {
+	Mode      string             `json:"mode"`
+	Scenarios []string           `json:"scenarios"`
+	Services  int                `json:"services"`
+	Endpoints int                `json:"endpoints"`
+	Round     int                `json:"round"`
+	Seed      uint64             `json:"seed"`
+	Connects  int                `json:"connects"`
+	Settings  dataplane.Settings `json:"settings"`
+}
+
+// cellLimit is how long a mode may take to carry a rung by the guest's clock. The host's own limit comes first for one that computes.
+const cellLimit = 2 * time.Hour
+
+// Do does the cell's work in the guest that provider opens, and writes its records, one JSON object a line.
+func (c Cell) Do(ctx context.Context, provider clusters.Provider, out io.Writer) (err error) {
+	var uts unix.Utsname
+	if err := unix.Uname(&uts); err != nil {
+		return err
+	}
+	encoder := json.NewEncoder(out)
+	g := &counting{
+		cell: c, rung: &rung{services: c.Services},
+		write: func(r results.Record) error { return encoder.Encode(r) },
+		bench: &bench{provider: provider, kernel: kernelVersion(unix.ByteSliceToString(uts.Release[:])), plan: Plan{Endpoints: c.Endpoints, ProgrammingLimit: cellLimit, Seed: c.Seed}},
+	}
+	for _, name := range c.Scenarios {
+		s, err := Find(name)
+		if err != nil {
+			return err
+		}
+		g.bench.scenarios = append(g.bench.scenarios, s)
+	}
+	mode, err := dataplane.Find(c.Mode)
+	if err != nil {
+		return err
+	}
+	if err := mode.Supported(ctx); errors.Is(err, clusters.ErrNotSupported) {
+		return g.skip(reason(err))
+	} else if err != nil {
+		return err
+	}
+	spec := mode.Spec(c.Settings)
+	made, err := provider.Create(ctx, clusters.Plan{Name: "guest", Dir: "/run/guest", Sites: []clusters.ProxySpec{spec}, Static: true, Progress: func(what string) { fmt.Println(what) }})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, made[0].Close(context.WithoutCancel(ctx))) }()
+	g.site = &site{Site: made[0].Sites()[0], mode: mode, name: c.Mode, cluster: &population{Cluster: made[0], numbers: map[netip.AddrPort]int{}}}
+	if err := g.site.Err(); err != nil {
+		return g.skip(reason(err))
+	}
+	if g.site.load, err = startLoad(ctx, g.site); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, g.site.load.close(context.WithoutCancel(ctx))) }()
+	return g.count(ctx)
+}
+
+// counting is a cell at work.
+type counting struct {
+	cell  Cell
+	bench *bench
+	rung  *rung
+	site  *site
+	write func(results.Record) error
+}
+
+// count grows the fleet and does the scenarios.
+func (g *counting) count(ctx context.Context) error {
+	client, err := kubernetes.NewForConfig(g.site.cluster.RESTConfig())
+	if err != nil {
+		return err
+	}
+	c := g.site.cluster
+	c.fleet, err = fleet.New(ctx, client, c.Etcd(), "", fleet.Plan{
+		Namespace: "plimsoll", Endpoints: g.cell.Endpoints, Port: servicePort, TargetPort: backendPort,
+		EndpointPrefixes: g.site.EndpointPrefixes(), ServiceCIDR: c.ServiceCIDR(), Seed: g.cell.Seed,
+	})
+	if err != nil {
+		return err
+	}
+	defer c.fleet.Close()
+	proxied := g.site.ProxyCgroup() != ""
+	if proxied {
+		if g.site.base, err = g.site.awaitBase(ctx); err != nil {
+			return err
+		}
+	}
+	if err := g.site.freeze(ctx); err != nil {
+		return err
+	}
+	fmt.Println("writing Services")
+	if err := c.scale(ctx, g.cell.Services); err != nil {
+		return err
+	}
+	if err := g.site.thaw(ctx); err != nil {
+		return err
+	}
+	if proxied {
+		if done, err := g.program(ctx); err != nil || !done {
+			return err
+		}
+	}
+	if g.site.chain, err = g.bench.readChain(ctx, g.site); err != nil {
+		return err
+	}
+	g.rung.sites = []*site{g.site}
+	rng := rand.New(rand.NewPCG(g.cell.Seed, uint64(g.cell.Services)<<20|uint64(g.cell.Round)))
+	for _, sc := range g.bench.scenarios {
+		for _, target := range sc.Targets() {
+			fmt.Println(sc.Name(), target)
+			if err := g.countTarget(ctx, sc, target, rng); err != nil {
+				return fmt.Errorf("%s %s: %w", sc.Name(), target, err)
+			}
+		}
+	}
+	chain, err := g.bench.readChain(ctx, g.site)
+	if err == nil && !slices.Equal(chain, g.site.chain) {
+		err = errors.New("the order of the chain changed") // what is deterministic is not done again
+	}
+	return err
+}
+
+// program waits until the proxy carries the rung and is at rest. It returns false where it does not, which the records say.
+func (g *counting) program(ctx context.Context) (bool, error) {
+	fmt.Println("awaiting the proxy")
+	p, err := g.bench.awaitProgrammed(ctx, g.site, g.rung)
+	if err != nil {
+		return false, err
+	}
+	if p.failed != "" {
+		return false, g.skip(p.failed)
+	}
+	memory, err := meters.ReadMemory(g.site.ProxyCgroup())
+	if err != nil {
+		return false, err
+	}
+	record := g.record(programming, "fleet")
+	record.Count = int64(g.cell.Services)
+	record.Values = []results.Value{
+		{Metric: "programming", Unit: virtualSeconds, Value: p.took.Seconds()},
+		{Metric: "proxy-programming-cpu", Unit: virtualSeconds, Value: p.cpu.Seconds()},
+		{Metric: "proxy-rss", Unit: "bytes", Value: float64(memory.RSS)},
+	}
+	if err := g.write(record); err != nil {
+		return false, err
+	}
+	return true, g.site.rest(ctx)
+}
+
+// Units of a guest. Its seconds are instructions and waiting together.
+const (
+	instructions   = "instructions"
+	virtualSeconds = "virtual_s"
+)
+
+// countTarget counts the instructions of connects.
+func (g *counting) countTarget(ctx context.Context, sc Scenario, target string, rng *rand.Rand) error {
+	connects := g.cell.Connects * sc.Spread(target)
+	services := sc.Services(g.rung, g.site, target, rng, connects)
+	reply, err := g.site.load.client.Do(ctx, load.Request{
+		Addresses: g.site.addresses(services, sc.ThroughService() && g.site.mode.Floor() != ""),
+		Seed:      rng.Uint64(), Count: connects, Warmup: connects / 10, Timeout: connectTimeout,
+	})
+	if err != nil {
+		return err
+	}
+	record := g.record(sc.Name(), target)
+	record.Count, record.Errors = int64(len(reply.Latencies)), reply.Failed()
+	for name, n := range reply.Errors {
+		record.Warnings = append(record.Warnings, fmt.Sprintf("%d × %s", n, name))
+	}
+	slices.Sort(record.Warnings)
+	if len(reply.Latencies) > 0 {
+		s := load.Summarize(reply.Latencies)
+		record.Values = []results.Value{
+			{Metric: "p50", Unit: instructions, Value: float64(s.P50)},
+			{Metric: "min", Unit: instructions, Value: float64(slices.Min(reply.Latencies))},
+			{Metric: "p90", Unit: instructions, Value: float64(s.P90)},
+			{Metric: "p99", Unit: instructions, Value: float64(s.P99)},
+		}
+	}
+	return g.write(record)
+}
+
+func (g *counting) record(scenario, target string) results.Record {
+	return g.bench.record(g.rung, scenario, g.cell.Mode, target, g.cell.Round)
+}
+
+// skip writes that there is nothing to count.
+func (g *counting) skip(why string) error {
+	for _, r := range g.bench.skips(g.rung, g.cell.Mode, why) {
+		if err := g.write(r); err != nil {
+			return err
+		}
+	}
+	return nil
+}

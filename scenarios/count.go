@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package scenarios
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/dataplane"
+	"github.com/plimsoll-bench/plimsoll/results"
+)
+
+// Guests boots guests that do jobs.
+type Guests interface {
+	// Run has a guest with a seed do a cell's work, and returns what it wrote. dir is a folder of its own. Errors wrap clusters.ErrLate where the
+	// work was not done in time.
+	Run(ctx context.Context, dir string, seed uint64, cell []byte) ([]byte, error)
+}
+
+// Count carries a plan out in guests of a provider, each of which does one cell, so many side by side. It leaves what Run leaves; the
+// records are the same to the byte for the same plan, programs and kernel. env has the guests' kernel.
+func Count(ctx context.Context, plan Plan, provider clusters.Provider, guests Guests, side int, env results.Environment, report Reporter) (err error) {
+	c := &sweep{guests: guests, bench: &bench{plan: plan, provider: provider, report: report, kernel: kernelVersion(env.Kernel)}}
+	for _, name := range plan.Scenarios {
+		s, err := Find(name)
+		if err != nil {
+			return err
+		}
+		c.bench.scenarios = append(c.bench.scenarios, s)
+	}
+	for _, name := range plan.Modes {
+		m, err := dataplane.Find(name)
+		if err != nil {
+			return err
+		}
+		env.Modes = append(env.Modes, results.Mode{Name: m.Name(), Doc: m.Doc(), Floor: m.Floor()})
+	}
+	env.Plan = results.Plan{Scenarios: plan.Scenarios, Services: plan.Services, Endpoints: plan.Endpoints, Rounds: plan.Rounds}
+	writer, err := results.Create(plan.Out, env)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, writer.Close()) }()
+	if err := c.run(ctx, side, writer); err != nil {
+		return err
+	}
+	env.End = time.Now()
+	return writer.Finish(env)
+}
+
+// A sweep is a Count at work.
+type sweep struct {
+	bench  *bench
+	guests Guests
+}
+
+// cells are all, in the order of their records.
+func (c *sweep) cells() (all []Cell) {
+	for _, services := range c.bench.plan.Services {
+		for round := range c.bench.plan.Rounds {
+			for _, mode := range c.bench.plan.Modes {
+				all = append(all, Cell{
+					Mode: mode, Scenarios: c.bench.plan.Scenarios, Services: services, Endpoints: c.bench.plan.Endpoints, Round: round,
+					Seed: c.bench.plan.Seed + uint64(round), Connects: c.bench.plan.Connects, Settings: c.bench.plan.Settings,
+				})
+			}
+		}
+	}
+	return all
+}
+
+// run does the cells side by side and writes their records in the cells' order, each as soon as those before are there.
+func (c *sweep) run(ctx context.Context, side int, writer *results.Writer) error {
+	cells := c.cells()
+	done := make([]chan []results.Record, len(cells))
+	for i := range done {
+		done[i] = make(chan []results.Record, 1)
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	next := make(chan int)
+	group.Go(func() error {
+		defer close(next)
+		for i := range cells {
+			select {
+			case next <- i:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+		return nil
+	})
+	for range side {
+		group.Go(func() error {
+			for i := range next {
+				records, err := c.do(ctx, cells[i])
+				if err != nil {
+					return err
+				}
+				done[i] <- records
+			}
+			return nil
+		})
+	}
+	group.Go(func() error {
+		for i, cell := range cells {
+			c.bench.report.Progress(i, len(cells), fmt.Sprintf("%d Services, %s", cell.Services, cell.Mode))
+			select {
+			case records := <-done[i]:
+				for _, r := range records {
+					if err := writer.Append(r); err != nil {
+						return err
+					}
+				}
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+		}
+		return nil
+	})
+	return group.Wait()
+}
+
+// do has a guest do a cell. One that is late gives rows that say so.
+func (c *sweep) do(ctx context.Context, cell Cell) (records []results.Record, err error) {
+	job, err := json.Marshal(cell)
+	if err != nil {
+		return nil, err
+	}
+	name := fmt.Sprintf("%s-%d-%d", cell.Mode, cell.Services, cell.Round)
+	began := time.Now()
+	text, err := c.guests.Run(ctx, filepath.Join(c.bench.plan.Out, "logs", name), cell.Seed, job)
+	if errors.Is(err, clusters.ErrLate) {
+		c.bench.report.Warn(fmt.Sprintf("%s: %v", name, err))
+		why, _, _ := strings.Cut(err.Error(), "\n")
+		return c.bench.skips(&rung{services: cell.Services}, cell.Mode, why), nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	c.bench.report.Step(fmt.Sprintf("%s: done in %.0f s", name, time.Since(began).Seconds()))
+	d := json.NewDecoder(bytes.NewReader(text))
+	for d.More() {
+		var r results.Record
+		if err := d.Decode(&r); err != nil {
+			return nil, fmt.Errorf("%s: records: %w", name, err)
+		}
+		records = append(records, r)
+	}
+	return records, nil
+}
