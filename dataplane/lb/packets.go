@@ -13,6 +13,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"github.com/google/nftables"
 	"github.com/vishvananda/netns"
 )
 
@@ -31,13 +32,35 @@ func (b *Balancer) loadPackets(spec *ebpf.CollectionSpec, maps map[string]*ebpf.
 		loopMarkConstant: loopMark, knowsInsidersConstant: truth(b.options.Packets.KnowsInsiders)}); err != nil {
 		return err
 	}
-	if err := spec.LoadAndAssign(&b.packets, &ebpf.CollectionOptions{MapReplacements: replacements(spec, maps)}); err != nil {
+	load := func() error {
+		return spec.LoadAndAssign(&b.packets, &ebpf.CollectionOptions{MapReplacements: replacements(spec, maps)})
+	}
+	err := load()
+	if errors.Is(err, ebpf.ErrNotSupported) && askForConntrack() == nil {
+		err = load()
+	}
+	if err != nil {
 		if errors.Is(err, ebpf.ErrNotSupported) || isOlderThan(6, 7) {
 			return fmt.Errorf("load the packet programs (want Linux 6.7 with conntrack, NAT and BTF): %w: %w", ErrNotSupported, err)
 		}
 		return fmt.Errorf("load the packet programs: %w", err)
 	}
 	return nil
+}
+
+// askForConntrack has a kernel that keeps conntrack and NAT in modules load these, whose functions the packet programs call: by rules that want
+// them, in a network namespace that is gone at once.
+func askForConntrack() error {
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with this goroutine, and its namespace with it
+		ns, err := netns.New()
+		if err == nil {
+			err = errors.Join(changeNAT("", func(nft *nftables.Conn) error { return addNAT(nft, true) }), ns.Close())
+		}
+		done <- err
+	}()
+	return <-done
 }
 
 // A Device is where packets come from.
