@@ -45,6 +45,9 @@ var profiles = []profile{
 	{"full", "up to 50,000 Services", []int{100, 1000, 2000, 5000, 10000, 20000, 50000}, 10, 6, 200, 250 * time.Millisecond, 25 * time.Minute},
 }
 
+// guestProvider is the provider whose figures are instructions.
+var guestProvider = guest.Provider{}.Name()
+
 // minRounds is the fewest rounds that a median and its interval stand on.
 const minRounds = 6
 
@@ -125,7 +128,9 @@ func (o *runOptions) complete(cmd *cobra.Command, args []string) error {
 	plan.Scenarios = args
 	if len(args) == 0 {
 		for _, s := range scenarios.Scenarios {
-			plan.Scenarios = append(plan.Scenarios, s.Name())
+			if !scenarios.InGuests(s) || o.provider == guestProvider {
+				plan.Scenarios = append(plan.Scenarios, s.Name())
+			}
 		}
 	}
 	if plan.Bin == "" {
@@ -157,7 +162,7 @@ func (o *runOptions) complete(cmd *cobra.Command, args []string) error {
 		return fmt.Errorf("scenarios %v: one is named twice", plan.Scenarios)
 	case plan.Rounds < 1:
 		return errors.New("--rounds: want at least 1")
-	case plan.Rounds < minRounds && o.provider != (guest.Provider{}).Name():
+	case plan.Rounds < minRounds && o.provider != guestProvider:
 		return fmt.Errorf("--rounds %d: at least %d are needed for a median with an interval", plan.Rounds, minRounds)
 	case plan.Endpoints < 1:
 		return fmt.Errorf("--endpoints %d: at least 1 is needed to connect to", plan.Endpoints)

@@ -141,6 +141,13 @@ type Site interface {
 	Err() error
 }
 
+// An Outsider is a site that may have a client beyond its node.
+type Outsider interface {
+	// Outsider returns a host at the far end of the node's uplink, which has these addresses there, one of each family that it is to speak and
+	// IPv4's first, and routes to everywhere by the node. Its processes are none of the node's, nor in the node's cgroup. A site has one at most.
+	Outsider(addresses ...netip.Addr) (Pod, error)
+}
+
 // A Pod is a network namespace behind the node, with a cgroup2 folder below the node's.
 type Pod interface {
 	Name() string

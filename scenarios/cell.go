@@ -51,7 +51,7 @@ func (c Cell) Do(ctx context.Context, provider clusters.Provider, out io.Writer)
 	g := &counting{
 		cell: c, rung: &rung{services: c.Services},
 		write: func(r results.Record) error { return encoder.Encode(r) },
-		bench: &bench{provider: provider, kernel: kernelVersion(unix.ByteSliceToString(uts.Release[:])), plan: Plan{Endpoints: c.Endpoints, ProgrammingLimit: cellLimit, Seed: c.Seed}},
+		bench: &bench{provider: provider, report: console{}, kernel: kernelVersion(unix.ByteSliceToString(uts.Release[:])), plan: Plan{Endpoints: c.Endpoints, ProgrammingLimit: cellLimit, Seed: c.Seed}},
 	}
 	for _, name := range c.Scenarios {
 		s, err := Find(name)
@@ -70,7 +70,7 @@ func (c Cell) Do(ctx context.Context, provider clusters.Provider, out io.Writer)
 		return err
 	}
 	spec := mode.Spec(c.Settings)
-	made, err := provider.Create(ctx, clusters.Plan{Name: "guest", Dir: "/run/guest", Sites: []clusters.ProxySpec{spec}, Static: true, Progress: func(what string) { fmt.Println(what) }})
+	made, err := provider.Create(ctx, clusters.Plan{Name: "guest", Dir: "/run/guest", Sites: []clusters.ProxySpec{spec}, Static: true, Progress: tell})
 	if err != nil {
 		return err
 	}
@@ -85,6 +85,24 @@ func (c Cell) Do(ctx context.Context, provider clusters.Provider, out io.Writer)
 	defer func() { err = errors.Join(err, g.site.load.close(context.WithoutCancel(ctx))) }()
 	return g.count(ctx)
 }
+
+// tell says on the guest's console what is being done, and when by its clock.
+func tell(what string) {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+		return // there is no such system
+	}
+	fmt.Printf("[%12.6f] %s\n", float64(now.Nano())/1e9, what)
+}
+
+// console is the Reporter of a cell.
+type console struct{}
+
+var _ Reporter = console{}
+
+func (console) Step(what string)               { tell(what) }
+func (console) Progress(_, _ int, what string) { tell(what) }
+func (console) Warn(what string)               { tell("warning: " + what) }
 
 // counting is a cell at work.
 type counting struct {
@@ -119,7 +137,7 @@ func (g *counting) count(ctx context.Context) error {
 	if err := g.site.freeze(ctx); err != nil {
 		return err
 	}
-	fmt.Println("writing Services")
+	tell("writing Services")
 	if err := c.scale(ctx, g.cell.Services); err != nil {
 		return err
 	}
@@ -136,11 +154,27 @@ func (g *counting) count(ctx context.Context) error {
 	}
 	g.rung.sites = []*site{g.site}
 	rng := rand.New(rand.NewPCG(g.cell.Seed, uint64(g.cell.Services)<<20|uint64(g.cell.Round)))
+	if err := g.countConnects(ctx, rng); err != nil {
+		return err
+	}
+	return g.countProbes(ctx, client, rng)
+}
+
+// countConnects does the scenarios of the fleet.
+func (g *counting) countConnects(ctx context.Context, rng *rand.Rand) error {
 	for _, sc := range g.bench.scenarios {
+		sc, ok := sc.(connecting)
+		if !ok {
+			continue
+		}
 		for _, target := range sc.Targets() {
-			fmt.Println(sc.Name(), target)
-			if err := g.countTarget(ctx, sc, target, rng); err != nil {
-				return fmt.Errorf("%s %s: %w", sc.Name(), target, err)
+			connects := g.cell.Connects * sc.Spread(target)
+			services := sc.Services(g.rung, g.site, target, rng, connects)
+			err := g.countTarget(ctx, sc, target, g.site.load.client, load.Request{
+				Addresses: g.site.addresses(services, sc.ThroughService() && g.site.mode.Floor() != ""), Count: connects, Seed: rng.Uint64(),
+			})
+			if err != nil {
+				return err
 			}
 		}
 	}
@@ -151,9 +185,57 @@ func (g *counting) count(ctx context.Context) error {
 	return err
 }
 
+// countProbes does the scenarios of the probes, where there are any.
+func (g *counting) countProbes(ctx context.Context, client kubernetes.Interface, rng *rand.Rand) (err error) {
+	if !slices.ContainsFunc(g.bench.scenarios, InGuests) {
+		return nil
+	}
+	tell("adding probes")
+	p, err := addProbes(ctx, g.site, client)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, p.close(context.WithoutCancel(ctx))) }()
+	if p.added > 0 {
+		record := g.record(programming, "one")
+		record.Count, record.Values = 1, []results.Value{{Metric: "added", Unit: virtualSeconds, Value: p.added.Seconds()}}
+		if err := g.write(record); err != nil {
+			return err
+		}
+		if err := g.site.rest(ctx); err != nil {
+			return err
+		}
+	}
+	for _, sc := range g.bench.scenarios {
+		sc, ok := sc.(probing)
+		if !ok {
+			continue
+		}
+		for _, target := range sc.Targets() {
+			request, outside := sc.request(p, target)
+			request.Count, request.Seed = g.cell.Connects, rng.Uint64()
+			driver := g.site.load.client
+			if outside {
+				driver = p.outside
+			}
+			if outside && !g.site.carriesNodePorts() {
+				record := g.record(sc.Name(), target)
+				record.Skipped = "sockets alone are translated: nobody beyond the node reaches a NodePort"
+				err = g.write(record)
+			} else {
+				err = g.countTarget(ctx, sc, target, driver, request)
+			}
+			if err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // program waits until the proxy carries the rung and is at rest. It returns false where it does not, which the records say.
 func (g *counting) program(ctx context.Context) (bool, error) {
-	fmt.Println("awaiting the proxy")
+	tell("awaiting the proxy")
 	p, err := g.bench.awaitProgrammed(ctx, g.site, g.rung)
 	if err != nil {
 		return false, err
@@ -184,16 +266,13 @@ const (
 	virtualSeconds = "virtual_s"
 )
 
-// countTarget counts the instructions of connects.
-func (g *counting) countTarget(ctx context.Context, sc Scenario, target string, rng *rand.Rand) error {
-	connects := g.cell.Connects * sc.Spread(target)
-	services := sc.Services(g.rung, g.site, target, rng, connects)
-	reply, err := g.site.load.client.Do(ctx, load.Request{
-		Addresses: g.site.addresses(services, sc.ThroughService() && g.site.mode.Floor() != ""),
-		Seed:      rng.Uint64(), Count: connects, Warmup: connects / 10, Timeout: connectTimeout,
-	})
+// countTarget counts the instructions of what a client does.
+func (g *counting) countTarget(ctx context.Context, sc Scenario, target string, client *load.Driver, request load.Request) error {
+	tell(sc.Name() + " " + target)
+	request.Warmup, request.Timeout = request.Count/10, connectTimeout
+	reply, err := client.Do(ctx, request)
 	if err != nil {
-		return err
+		return fmt.Errorf("%s %s: %w", sc.Name(), target, err)
 	}
 	record := g.record(sc.Name(), target)
 	record.Count, record.Errors = int64(len(reply.Latencies)), reply.Failed()

@@ -14,7 +14,7 @@ const perPosition = 8
 // connect opens connections through Services at the head, in the middle and at the tail of the chain, and at random.
 type connect struct{}
 
-var _ Scenario = connect{}
+var _ connecting = connect{}
 
 func (connect) Name() string { return "connect" }
 func (connect) Doc() string {

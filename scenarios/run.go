@@ -181,6 +181,9 @@ func (b *bench) prepare(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		if _, ok := s.(connecting); !ok {
+			return fmt.Errorf("scenario %s is for guests alone (--provider guest)", name)
+		}
 		b.scenarios = append(b.scenarios, s)
 	}
 	for _, name := range b.plan.Modes {

@@ -9,9 +9,11 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"strings"
+
+	"github.com/plimsoll-bench/plimsoll/scenarios/load"
 )
 
-// A Scenario says which addresses a client connects to. How connects are made and recorded is the same for all.
+// A Scenario is something that is measured.
 type Scenario interface {
 	// Name is the word on the command line.
 	Name() string
@@ -19,6 +21,11 @@ type Scenario interface {
 	Doc() string
 	// Targets are the groups of addresses that are measured apart.
 	Targets() []string
+}
+
+// A connecting scenario says which addresses the client pod connects to. How connects are made and recorded is the same for all.
+type connecting interface {
+	Scenario
 	// Services picks the Services that stand for target on a site, as numbers in the fleet. count is the largest number of
 	// connects to come.
 	Services(r *rung, site *site, target string, rng *rand.Rand, count int) []int
@@ -30,10 +37,27 @@ type Scenario interface {
 	ThroughService() bool
 }
 
+// A probing scenario asks the probes, Services beside the fleet, and is for guests alone: packets are counted one by one there.
+type probing interface {
+	Scenario
+	// request is what is asked of the client pod, or where outside is true of a client beyond the node.
+	request(p *probes, target string) (r load.Request, outside bool)
+}
+
 // Scenarios are all scenarios.
 var Scenarios = []Scenario{
 	connect{},
 	tax{},
+	first{},
+	established{},
+	udp{},
+	nodeport{},
+}
+
+// InGuests tells whether a scenario can be measured in guests alone.
+func InGuests(s Scenario) bool {
+	_, probes := s.(probing)
+	return probes
 }
 
 // Find is the scenario of that name. The error lists the names that there are.
@@ -64,6 +88,9 @@ var Metrics = []Metric{
 	{"programming-ns", "from the moment when the proxy may see a rung's Services until the newest answers and the rules or maps count N"},
 	{"proxy-programming-cpu-ns", "CPU that the proxy's processes used for that"},
 	{"proxy-rss-bytes", "resident memory of the proxy's processes once the rung is programmed"},
+	{"p50-instructions", "in guests: instructions of all that a connect(2) or send(2) sets going, median of a visit (min, p90, p99 alike)"},
+	{"programming-virtual_s", "in guests: programming-ns by the guest's clock, which goes on by instructions and by waiting"},
+	{"added-virtual_s", "in guests: from the write of one Service more until a connect to it succeeds, by the guest's clock"},
 }
 
 // addresses are what a site's client connects to for the given Services.

@@ -151,7 +151,7 @@ func mustMoveIn(t *testing.T, s clusters.Site, seat int, api kubernetes.Interfac
 	for _, f := range families {
 		beyond = append(beyond, netip.MustParseAddr(f.outsider))
 	}
-	outsider, err := lab.Outsider(s, beyond...)
+	outsider, err := s.(clusters.Outsider).Outsider(beyond...)
 	if err != nil {
 		t.Fatal(err)
 	}

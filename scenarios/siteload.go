@@ -41,9 +41,10 @@ func startLoad(ctx context.Context, s clusters.Site) (*siteLoad, error) {
 }
 
 func (l *siteLoad) start(ctx context.Context, s clusters.Site) error {
-	listen := netip.AddrPortFrom(netip.IPv4Unspecified(), backendPort)
+	anyAt := func(port uint16) string { return netip.AddrPortFrom(netip.IPv4Unspecified(), port).String() }
 	for _, pod := range s.Backends() {
-		p, err := pod.Start(ctx, ServerCommand, "--listen", listen.String(), "--name", pod.Name())
+		p, err := pod.Start(ctx, ServerCommand, "--name", pod.Name(),
+			"--listen", anyAt(backendPort), "--identify", anyAt(streamBackendPort), "--datagram", anyAt(datagramBackendPort))
 		if err != nil {
 			return err
 		}

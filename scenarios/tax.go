@@ -7,7 +7,7 @@ import "math/rand/v2"
 // tax connects to a pod's own address on a node that carries N Services: what every new connection pays, Service or not.
 type tax struct{}
 
-var _ Scenario = tax{}
+var _ connecting = tax{}
 
 func (tax) Name() string { return "tax" }
 func (tax) Doc() string {

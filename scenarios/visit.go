@@ -38,7 +38,7 @@ const (
 
 // work is one scenario and target of a visit.
 type work struct {
-	scenario Scenario
+	scenario connecting
 	target   string
 	seed     uint64 // of the Services and of the order in which they are connected to
 	repeated bool   // it was done before in this round, and has had its share of waiting
@@ -54,7 +54,7 @@ func (b *bench) work(r *rung, round int) []work {
 	var all []work
 	for _, sc := range b.scenarios {
 		for _, target := range sc.Targets() {
-			all = append(all, work{scenario: sc, target: target, seed: rng.Uint64()})
+			all = append(all, work{scenario: sc.(connecting), target: target, seed: rng.Uint64()})
 		}
 	}
 	rng.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })

@@ -209,7 +209,7 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		list, err := a.listOf(q, r)
 		answer(w, q, list, err)
 	case r.Method == http.MethodPost, r.Method == http.MethodPut:
-		object, err := a.decode(r)
+		object, err := decode(r, q.namespace)
 		if err == nil && r.Method == http.MethodPost {
 			err = a.create(object)
 		} else if err == nil {
@@ -261,7 +261,8 @@ func encode(serializer runtime.Serializer, version schema.GroupVersion, object r
 	return b
 }
 
-func (a *api) decode(r *http.Request) (runtime.Object, error) {
+// decode reads an object, which is in the namespace of its path.
+func decode(r *http.Request, namespace string) (runtime.Object, error) {
 	body, err := io.ReadAll(r.Body)
 	if err != nil {
 		return nil, err
@@ -270,6 +271,11 @@ func (a *api) decode(r *http.Request) (runtime.Object, error) {
 	if err != nil {
 		return nil, apierrors.NewBadRequest(err.Error())
 	}
+	o, err := meta.Accessor(object)
+	if err != nil {
+		return nil, apierrors.NewBadRequest(err.Error())
+	}
+	o.SetNamespace(namespace)
 	return object, nil
 }
 

@@ -52,7 +52,7 @@ var jobs = map[string]func(out io.Writer) error{
 		fmt.Fprintf(out, "%s\n", b)
 		return err
 	},
-	"fail":  func(io.Writer) error { return errors.New("no luck") },
+	"fail": func(io.Writer) error { return errors.New("no luck") },
 	"hang": func(io.Writer) error {
 		for {
 			time.Sleep(time.Hour) // which the guest's clock leaps over

@@ -45,7 +45,10 @@ type node struct {
 	err     error      // why the proxy does not serve, when more is known than how it ended
 }
 
-var _ clusters.Site = (*node)(nil)
+var (
+	_ clusters.Site     = (*node)(nil)
+	_ clusters.Outsider = (*node)(nil)
+)
 
 func newNode(r *host.Run, program string, spec clusters.ProxySpec) (*node, error) {
 	n := &node{spec: spec, run: r, program: program, dir: filepath.Join(r.Dir, spec.Name)}

@@ -24,14 +24,9 @@ func HostPod(s clusters.Site) (clusters.Pod, error) {
 	return p, nil
 }
 
-// Outsider returns a host at the far end of a lab's site's uplink, which has these addresses there, one of each family that it is to
-// speak and IPv4's first, and routes to everywhere by the node. It forwards nothing, so there is still no way out. Its processes are none
-// of the node's, nor in the node's cgroup. A site has one at most.
-func Outsider(s clusters.Site, addresses ...netip.Addr) (clusters.Pod, error) {
-	n, err := nodeOf(s)
-	if err != nil {
-		return nil, err
-	}
+// Outsider forwards nothing, so there is still no way out.
+func (n *node) Outsider(addresses ...netip.Addr) (clusters.Pod, error) {
+	var err error
 	p := &pod{node: n, name: "outsider", addresses: addresses, ns: n.outside}
 	if p.cgroup, err = n.run.Cgroup.Child("outside-" + n.spec.Name); err != nil {
 		return nil, err

@@ -17,7 +17,7 @@ import (
 func TestVisitorsReachTheNodeAndItsPods(t *testing.T) {
 	l := mustCreate(t, testPlan(t, "visitors", labtest.Bin(t, testBin), clusters.ProxySpec{Name: "direct"}))
 	n := l.nodes[0]
-	outsider, err := Outsider(n, netip.MustParseAddr("198.51.100.9"), netip.MustParseAddr("2001:db8::9"))
+	outsider, err := n.Outsider(netip.MustParseAddr("198.51.100.9"), netip.MustParseAddr("2001:db8::9"))
 	if err != nil {
 		t.Fatal(err)
 	}

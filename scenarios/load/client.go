@@ -123,6 +123,8 @@ func (s *session) prepare(ctx context.Context, request Request) error {
 		s.work = c.run
 	case Wait:
 		s.work = func(ctx context.Context) (Reply, error) { return wait(ctx, request, &s.ports) }
+	case Exchange:
+		s.work = func(ctx context.Context) (Reply, error) { return exchange(ctx, request) }
 	default:
 		s.work = func(ctx context.Context) (Reply, error) { return identify(ctx, request) }
 	}

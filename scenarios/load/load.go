@@ -34,6 +34,8 @@ const (
 	Identify Kind = "identify"
 	// Datagram sends one datagram from a connected UDP socket and reads the reply, which names the server.
 	Datagram Kind = "datagram"
+	// Exchange sends a line and waits for the answer, by UDP or on a TCP connection, and times it.
+	Exchange Kind = "exchange"
 	// Wait connects by TCP to one address after the other, each again and again until it succeeds. Its source ports are
 	// none that Connect and Identify ever take.
 	Wait Kind = "wait"
@@ -58,8 +60,14 @@ type Request struct {
 	Seed      uint64           `json:"seed,omitempty"`
 	// Count is the number of operations that are recorded; Wait ignores it, and Calibrate goes through as many again and again.
 	Count int `json:"count,omitempty"`
-	// Warmup operations come first, in a closed loop, and are not recorded. Connect and Calibrate only.
+	// Warmup operations come first, in a closed loop, and are not recorded. Connect, Calibrate and Exchange only.
 	Warmup int `json:"warmup,omitempty"`
+	// Kept has Exchange use one socket for each address, which has exchanged something before; without, each operation has a new one.
+	Kept bool `json:"kept,omitempty"`
+	// Stream has Exchange use TCP, which wants Kept and a server of ServeOptions.Identify; else it is UDP, from sockets that are not connected.
+	Stream bool `json:"stream,omitempty"`
+	// OneWay has Exchange time the call that sends alone, which on one CPU takes the packet all the way to the receiver's socket.
+	OneWay bool `json:"one_way,omitempty"`
 	// Rate is the number of operations due per second; zero is a closed loop. Connect only.
 	Rate float64 `json:"rate,omitempty"`
 	// Burst operations are due together, so that Rate is kept by one wake-up for each burst; zero and one pace each by
@@ -106,10 +114,13 @@ func (r *Request) validate() error {
 	if r.Quiet > 0 && r.Limit == 0 {
 		return errors.New("request: quiet needs a limit")
 	}
+	if r.Kind != Exchange && (r.Kept || r.Stream || r.OneWay) || r.Stream && !r.Kept {
+		return errors.New("request: kept, stream and one way are an exchange's, and a stream is kept")
+	}
 	switch r.Kind {
 	case Connect:
-	case Calibrate, Identify, Datagram, Wait:
-		if r.Rate != 0 || r.Warmup != 0 && r.Kind != Calibrate {
+	case Calibrate, Identify, Datagram, Exchange, Wait:
+		if r.Rate != 0 || r.Warmup != 0 && r.Kind != Calibrate && r.Kind != Exchange {
 			return fmt.Errorf("request: kind %q knows neither rate nor warmup", r.Kind)
 		}
 		if (r.Kind == Wait || r.Kind == Calibrate) && r.Limit == 0 {
@@ -133,7 +144,7 @@ func (r *Request) validate() error {
 // Reply is what a client saw.
 type Reply struct {
 	// Latencies holds, for each success in the order of sending, the nanoseconds from call to return.
-	// Connect: of connect(2) alone. Identify and Datagram: from the connect to the server's name.
+	// Connect: of connect(2) alone. Identify and Datagram: from the connect to the server's name. Exchange: from the call that sends to the answer.
 	Latencies []int64 `json:"latencies,omitempty"`
 	// Disturbed holds the latencies that Request.Quiet did not count.
 	Disturbed []int64 `json:"disturbed,omitempty"`
