@@ -9,7 +9,10 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"time"
+
+	"github.com/spf13/pflag"
 
 	"github.com/plimsoll-bench/plimsoll/clusters/guest"
 	"github.com/plimsoll-bench/plimsoll/results"
@@ -23,6 +26,14 @@ type guestOptions struct {
 	side    int
 	memory  int
 	timeout time.Duration
+}
+
+func (o *guestOptions) bind(f *pflag.FlagSet) {
+	f.StringVar(&o.kernel, "kernel", "", "bzImage of guests, with its modules in lib/modules beside its folder")
+	f.StringVar(&o.pack, "kernel-package", "", "the distribution's package with the kernel of guests (default Debian's 6.12 for virtual machines)")
+	f.IntVar(&o.side, "guests", runtime.NumCPU(), "guests side by side")
+	f.IntVar(&o.memory, "guest-memory", 3072, "memory of a guest, in MiB")
+	f.DurationVar(&o.timeout, "guest-limit", 20*time.Minute, "how long a guest may take for one mode at one number of Services before it is skipped")
 }
 
 // doCell is what this program does as a guest's init.
@@ -74,12 +85,8 @@ func prepareGuests(ctx context.Context, o guestOptions, plan scenarios.Plan, rep
 }
 
 // count carries a plan out in guests.
-func (o *runOptions) count(ctx context.Context, env results.Environment, report scenarios.Reporter) error {
-	g, err := prepareGuests(ctx, o.guest, o.plan, report)
-	if err != nil {
-		return err
-	}
+func (g guests) count(ctx context.Context, plan scenarios.Plan, o guestOptions, env results.Environment, report scenarios.Reporter) error {
 	env.Kernel = g.machine.Kernel.Release
 	env.Versions["qemu"] = g.qemu
-	return scenarios.Count(ctx, o.plan, guest.Provider{}, g, o.guest.side, env, report)
+	return scenarios.Count(ctx, plan, guest.Provider{}, g, o.side, env, report)
 }

@@ -54,6 +54,10 @@ var packageSets = []packageSet{
 		{"libseccomp-dev", []string{"/usr/include/seccomp.h"}, "runc's filters of system calls"},
 		{"pkgconf", []string{"pkg-config"}, "how runc finds them"},
 	}},
+	{"guest", []distroPackage{
+		{"qemu-system-x86", []string{"qemu-system-x86_64"}, "the machines of guests, which count instructions"},
+		{"kmod", []string{"kmod", "depmod"}, "the modules of their kernel"},
+	}},
 	{"check", []distroPackage{
 		{"shellcheck", []string{"shellcheck"}, "the shell in .ci and in the workflow"},
 		{"gcc", []string{"gcc"}, "the race detector"},

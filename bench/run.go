@@ -12,7 +12,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -92,11 +91,7 @@ func newRunCommand() *cobra.Command {
 	f.StringVar(&o.plan.NodeImage, "node-image", "", "image of kind's nodes (default kind's own pinned one; what make node-image made on the engine of make kind-engine)")
 	f.BoolVar(&o.plan.Retain, "retain", false, "keep kind's clusters and say how to enter them; plimsoll clean removes them")
 	f.Float64Var(&o.plan.Rate, "rate", 1000, "connects a second while CPU is measured, the same for all modes")
-	f.StringVar(&o.guest.kernel, "kernel", "", "bzImage of guests, with its modules in lib/modules beside its folder")
-	f.StringVar(&o.guest.pack, "kernel-package", "", "the distribution's package with the kernel of guests (default Debian's 6.12 for virtual machines)")
-	f.IntVar(&o.guest.side, "guests", runtime.NumCPU(), "guests side by side")
-	f.IntVar(&o.guest.memory, "guest-memory", 3072, "memory of a guest, in MiB")
-	f.DurationVar(&o.guest.timeout, "guest-limit", 20*time.Minute, "how long a guest may take for one mode at one number of Services before it is skipped")
+	o.guest.bind(f)
 	f.IntVar(&o.plan.PacedConnects, "paced-connects", 0, "connects per visit and target while CPU is measured")
 	return cmd
 }
@@ -256,6 +251,15 @@ func (o *runOptions) run(ctx context.Context, stdout, stderr io.Writer) (err err
 		fmt.Fprintln(stdout, filepath.Join(o.plan.Out, results.ReportFile))
 	}
 	return err
+}
+
+// count carries the plan out in guests.
+func (o *runOptions) count(ctx context.Context, env results.Environment, report scenarios.Reporter) error {
+	g, err := prepareGuests(ctx, o.guest, o.plan, report)
+	if err != nil {
+		return err
+	}
+	return g.count(ctx, o.plan, o.guest, env, report)
 }
 
 // runName is short, unique, and fit for a file's or a cgroup's name.

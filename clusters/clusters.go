@@ -13,6 +13,7 @@ import (
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/rest"
 )
 
@@ -111,6 +112,12 @@ type Cluster interface {
 	Quiet(ctx context.Context, quiet bool) error
 	// Close removes everything that Create made for it.
 	Close(ctx context.Context) error
+}
+
+// A Writer is a cluster whose API can be given objects without a client.
+type Writer interface {
+	// Write stores new objects, whose namespaces are set. They are the cluster's afterwards.
+	Write(objects []runtime.Object) error
 }
 
 // A Site is one mode on one node, with a client pod, backend pods and the proxy.

@@ -66,6 +66,9 @@ var Modes = []Mode{
 	ebpfPacket{},
 }
 
+// Floor is the name of the mode without a Service or conntrack.
+var Floor = direct{}.Name()
+
 // Find is the mode of that name. The error lists the names that there are.
 func Find(name string) (Mode, error) {
 	names := make([]string, len(Modes))

@@ -278,9 +278,9 @@ func (t *table) figure(file string, keys []key, styles map[string]lineStyle) fig
 	if f.logY {
 		f.yLabel += " (log scale)"
 	}
-	f.title = fmt.Sprintf("%s by number of Services (%s)", upperFirst(figureWords(k.scenario, "", k.metric)), unit)
+	f.title = fmt.Sprintf("%s by number of Services (%s)", upperFirst(figureWords(k, "")), unit)
 	if len(keys) == 1 {
-		f.title = fmt.Sprintf("%s by number of Services (%s)", upperFirst(figureWords(k.scenario, k.target, k.metric)), unit)
+		f.title = fmt.Sprintf("%s by number of Services (%s)", upperFirst(figureWords(k, k.target)), unit)
 		for i := range f.panels {
 			f.panels[i].title = ""
 		}

@@ -26,6 +26,9 @@ var everywhere = []string{"*"}
 var metrics = []metric{
 	{name: "p50", words: "median", cost: true, tabled: true, pictured: everywhere},
 	{name: "programming", words: "time", cost: true, tabled: true, pictured: everywhere},
+	{name: "added", words: "time", cost: true, tabled: true, pictured: everywhere},
+	{name: "min", words: "least", cost: true},
+	{name: "hook", words: "share of the load balancer's programs", cost: true},
 	{name: "fleet-written", words: "time until the Services are written"}, // no mode's: all share one API server
 	{name: "fleet-listed", words: "time until the API server lists the Services"},
 	{name: "p90", words: "90th percentile", cost: true},

@@ -94,7 +94,7 @@ func (a *analysis) answer(b *strings.Builder, p place) {
 		b.WriteString("Nothing was measured; see the skips below.\n\n")
 		return
 	}
-	fmt.Fprintf(b, "**%s, %s, by number of Services**\n\n", upperFirst(figureWords(k.scenario, k.target, k.metric)), about(k.metric).words)
+	fmt.Fprintf(b, "**%s, %s, by number of Services**\n\n", upperFirst(figureWords(k, k.target)), about(k.metric).words)
 	var rows [][]string
 	floor := math.NaN()
 	for _, v := range a.of(k) {

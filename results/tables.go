@@ -62,7 +62,7 @@ func superscript(n int) string {
 // groupSection prints what is known of one scenario's metric: its picture, its verdicts by target, and its medians at each rung.
 func (a *analysis) groupSection(b *strings.Builder, group []key) {
 	first := group[0]
-	fmt.Fprintf(b, "## %s\n\n", upperFirst(figureWords(first.scenario, "", first.metric)))
+	fmt.Fprintf(b, "## %s\n\n", upperFirst(figureWords(first, "")))
 	if first.scenario == "programming" && first.metric == a.mainMetric(first) {
 		b.WriteString("From the moment when a proxy may see what a rung adds to the Services of the rung before, until the newest of them answers and the rules or maps count them " +
 			"all. The modes are programmed one after the other. Each rung is climbed once, so there is no interval and no verdict.\n\n")

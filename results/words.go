@@ -24,41 +24,68 @@ func targetWords(scenario, target string) string {
 		return "to Services at random (random)"
 	case "tax/pod":
 		return "to a pod's own address (pod)"
+	case "first/udp", "established/udp":
+		return "by UDP (udp)"
+	case "established/tcp":
+		return "by TCP (tcp)"
+	case "udp/exchange":
+		return "there and back (exchange)"
+	case "nodeport/outside":
+		return "from outside the node (outside)"
+	case "programming/one":
+		return "one Service more (one)"
 	}
 	return target
 }
 
 // figureWords says what a picture or a section shows. target is "" for one that shows several.
-func figureWords(scenario, target, metric string) string {
-	what := scenario
-	switch scenario {
+func figureWords(k key, target string) string {
+	measure := "time"
+	if k.unit == instructions {
+		measure = "instructions"
+	}
+	what := k.scenario
+	switch k.scenario {
 	case "connect":
 		what = "a new connection through a Service"
 		if target != "" {
-			what, _, _ = strings.Cut("a new connection "+targetWords(scenario, target), " (")
+			what, _, _ = strings.Cut("a new connection "+targetWords(k.scenario, target), " (")
 		}
 	case "tax":
 		what = "a new connection to a pod's own address"
+	case "first":
+		what = "a flow's first packet to a Service"
+	case "established":
+		what = "a packet of an established flow to a Service"
+	case "udp":
+		what = "a question to a Service by UDP and its answer"
+	case "nodeport":
+		what = "a new connection to a NodePort from outside the node"
 	case "programming":
-		switch metric {
+		switch k.metric {
 		case "programming":
 			return "programming: time until the newest Service answers"
+		case "added":
+			return "programming: time until one Service more answers"
 		case "proxy-programming-cpu":
 			return "programming: CPU time of the proxy"
 		case "proxy-rss":
 			return "memory of the proxy once the Services are programmed"
 		}
 	}
-	switch words := about(metric).words; {
-	case metric == "p50":
-		return "time of " + what
-	case metric == "cpu":
+	switch words := about(k.metric).words; {
+	case k.metric == "p50":
+		return measure + " of " + what
+	case k.metric == "cpu":
 		return "CPU time of " + what
-	case words != metric && about(metric).cost:
-		return words + " of the time of " + what
+	case words != k.metric && about(k.metric).cost:
+		return words + " of the " + measure + " of " + what
 	}
-	return what + ": " + metric
+	return what + ": " + k.metric
 }
+
+// instructions is the unit of figures that guests count.
+const instructions = "instructions"
 
 func upperFirst(s string) string {
 	c, n := utf8.DecodeRuneInString(s)

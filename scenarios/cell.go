@@ -13,9 +13,9 @@ import (
 	"slices"
 	"time"
 
-	"k8s.io/client-go/kubernetes"
-
 	"golang.org/x/sys/unix"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/client-go/kubernetes"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
 	"github.com/plimsoll-bench/plimsoll/dataplane"
@@ -29,6 +29,7 @@ import (
 // instruction is waiting.
 type Cell struct {
 	Mode      string             `json:"mode"`
+	Name      string             `json:"name"` // the mode's, or its twin's
 	Scenarios []string           `json:"scenarios"`
 	Services  int                `json:"services"`
 	Endpoints int                `json:"endpoints"`
@@ -120,14 +121,21 @@ func (g *counting) count(ctx context.Context) error {
 		return err
 	}
 	c := g.site.cluster
-	c.fleet, err = fleet.New(ctx, client, c.Etcd(), "", fleet.Plan{
+	writer, ok := c.Cluster.(clusters.Writer)
+	if !ok {
+		return errors.New("the guest's cluster takes no objects")
+	}
+	var objects []runtime.Object
+	c.fleet, objects, err = fleet.Fixed(fleet.Plan{
 		Namespace: "plimsoll", Endpoints: g.cell.Endpoints, Port: servicePort, TargetPort: backendPort,
 		EndpointPrefixes: g.site.EndpointPrefixes(), ServiceCIDR: c.ServiceCIDR(), Seed: g.cell.Seed,
-	})
+	}, g.cell.Services)
 	if err != nil {
 		return err
 	}
-	defer c.fleet.Close()
+	for i := range g.cell.Services {
+		c.numbers[c.fleet.Service(i).Address] = i
+	}
 	proxied := g.site.ProxyCgroup() != ""
 	if proxied {
 		if g.site.base, err = g.site.awaitBase(ctx); err != nil {
@@ -138,7 +146,7 @@ func (g *counting) count(ctx context.Context) error {
 		return err
 	}
 	tell("writing Services")
-	if err := c.scale(ctx, g.cell.Services); err != nil {
+	if err := writer.Write(objects); err != nil {
 		return err
 	}
 	if err := g.site.thaw(ctx); err != nil {
@@ -281,24 +289,57 @@ func (g *counting) countTarget(ctx context.Context, sc Scenario, target string, 
 	}
 	slices.Sort(record.Warnings)
 	if len(reply.Latencies) > 0 {
-		s := load.Summarize(reply.Latencies)
+		// Higher percentiles are timer ticks and what else the kernel does meanwhile.
 		record.Values = []results.Value{
-			{Metric: "p50", Unit: instructions, Value: float64(s.P50)},
+			{Metric: "p50", Unit: instructions, Value: float64(load.Summarize(reply.Latencies).P50)},
 			{Metric: "min", Unit: instructions, Value: float64(slices.Min(reply.Latencies))},
-			{Metric: "p90", Unit: instructions, Value: float64(s.P90)},
-			{Metric: "p99", Unit: instructions, Value: float64(s.P99)},
 		}
+	}
+	if g.site.Spec().Agent {
+		hook, err := g.countPrograms(ctx, client, request)
+		if err != nil {
+			return fmt.Errorf("%s %s: %w", sc.Name(), target, err)
+		}
+		record.Values = append(record.Values, results.Value{Metric: "hook", Unit: instructions, Value: hook})
 	}
 	return g.write(record)
 }
 
+// countPrograms has a client do the same again, and returns what the node's BPF programs take of each operation on average.
+func (g *counting) countPrograms(ctx context.Context, client *load.Driver, request load.Request) (hook float64, err error) {
+	programs, err := meters.StartPrograms()
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, programs.Close()) }()
+	request.Warmup = 0
+	if err := client.Prepare(ctx, request); err != nil {
+		return 0, err
+	}
+	before, err := programs.Used()
+	if err != nil {
+		return 0, err
+	}
+	if err := client.Run(ctx); err != nil {
+		return 0, err
+	}
+	after, err := programs.Used()
+	if err != nil {
+		return 0, err
+	}
+	if _, err := client.Collect(ctx); err != nil {
+		return 0, err
+	}
+	return float64(after-before) / float64(request.Count), nil
+}
+
 func (g *counting) record(scenario, target string) results.Record {
-	return g.bench.record(g.rung, scenario, g.cell.Mode, target, g.cell.Round)
+	return g.bench.record(g.rung, scenario, g.cell.Name, target, g.cell.Round)
 }
 
 // skip writes that there is nothing to count.
 func (g *counting) skip(why string) error {
-	for _, r := range g.bench.skips(g.rung, g.cell.Mode, why) {
+	for _, r := range g.bench.skips(g.rung, g.cell.Name, why) {
 		if err := g.write(r); err != nil {
 			return err
 		}

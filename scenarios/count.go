@@ -42,7 +42,13 @@ func Count(ctx context.Context, plan Plan, provider clusters.Provider, guests Gu
 		if err != nil {
 			return err
 		}
-		env.Modes = append(env.Modes, results.Mode{Name: m.Name(), Doc: m.Doc(), Floor: m.Floor()})
+		described := results.Mode{Name: m.Name(), Doc: m.Doc(), Floor: m.Floor()}
+		env.Modes = append(env.Modes, described)
+		if name == plan.Twin {
+			described.Name += TwinSuffix
+			described.Doc, described.Twin = m.Name()+" with other seeds; the difference between the two is noise", m.Name()
+			env.Modes = append(env.Modes, described)
+		}
 	}
 	env.Plan = results.Plan{Scenarios: plan.Scenarios, Services: plan.Services, Endpoints: plan.Endpoints, Rounds: plan.Rounds}
 	writer, err := results.Create(plan.Out, env)
@@ -63,15 +69,23 @@ type sweep struct {
 	guests Guests
 }
 
+// twinSeed is what a twin's seeds are apart from its mode's.
+const twinSeed = 1 << 20
+
 // cells are all, in the order of their records.
 func (c *sweep) cells() (all []Cell) {
 	for _, services := range c.bench.plan.Services {
 		for round := range c.bench.plan.Rounds {
 			for _, mode := range c.bench.plan.Modes {
-				all = append(all, Cell{
-					Mode: mode, Scenarios: c.bench.plan.Scenarios, Services: services, Endpoints: c.bench.plan.Endpoints, Round: round,
+				cell := Cell{
+					Mode: mode, Name: mode, Scenarios: c.bench.plan.Scenarios, Services: services, Endpoints: c.bench.plan.Endpoints, Round: round,
 					Seed: c.bench.plan.Seed + uint64(round), Connects: c.bench.plan.Connects, Settings: c.bench.plan.Settings,
-				})
+				}
+				all = append(all, cell)
+				if mode == c.bench.plan.Twin {
+					cell.Name, cell.Seed = mode+TwinSuffix, cell.Seed+twinSeed
+					all = append(all, cell)
+				}
 			}
 		}
 	}
@@ -135,13 +149,13 @@ func (c *sweep) do(ctx context.Context, cell Cell) (records []results.Record, er
 	if err != nil {
 		return nil, err
 	}
-	name := fmt.Sprintf("%s-%d-%d", cell.Mode, cell.Services, cell.Round)
+	name := fmt.Sprintf("%s-%d-%d", cell.Name, cell.Services, cell.Round)
 	began := time.Now()
 	text, err := c.guests.Run(ctx, filepath.Join(c.bench.plan.Out, "logs", name), cell.Seed, job)
 	if errors.Is(err, clusters.ErrLate) {
 		c.bench.report.Warn(fmt.Sprintf("%s: %v", name, err))
 		why, _, _ := strings.Cut(err.Error(), "\n")
-		return c.bench.skips(&rung{services: cell.Services}, cell.Mode, why), nil
+		return c.bench.skips(&rung{services: cell.Services}, cell.Name, why), nil
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)

@@ -41,9 +41,8 @@ import (
 // An api is lists and watches of what a proxy reads, in memory: a guest measures dataplanes and has no control plane. It keeps what it is given,
 // checks nothing, and does of an API server's own work only what a fleet waits for: Services get IPAddresses. It speaks protobuf.
 type api struct {
-	listener net.Listener
-	server   *http.Server
-	done     chan struct{}
+	server *http.Server
+	done   chan struct{}
 
 	mu       sync.Mutex
 	version  uint64
@@ -82,9 +81,24 @@ const (
 // apiAddress is where the harness reaches the API, which it serves to nodes by Forward.
 const apiAddress = "127.0.0.1:6443"
 
-// startAPI serves an API that holds the objects of a cluster without Services of a user's.
+// startAPI serves an API to the harness.
 func startAPI() (*api, error) {
+	a, err := newAPI()
+	if err != nil {
+		return nil, err
+	}
+	l, err := net.Listen("tcp", apiAddress)
+	if err != nil {
+		return nil, err
+	}
+	go a.Forward(l)
+	return a, nil
+}
+
+// newAPI is one that holds the objects of a cluster without Services of a user's.
+func newAPI() (*api, error) {
 	a := &api{done: make(chan struct{}), kinds: make(map[string]*store), watchers: make(map[*watcher]struct{})}
+	a.server = &http.Server{Handler: a, ReadHeaderTimeout: time.Minute}
 	for _, s := range resources {
 		s.objects = make(map[string]runtime.Object)
 		a.kinds[s.resource] = &s
@@ -94,12 +108,6 @@ func startAPI() (*api, error) {
 			return nil, err
 		}
 	}
-	var err error
-	if a.listener, err = net.Listen("tcp", apiAddress); err != nil {
-		return nil, err
-	}
-	a.server = &http.Server{Handler: a, ReadHeaderTimeout: time.Minute}
-	go a.Forward(a.listener)
 	return a, nil
 }
 
@@ -379,7 +387,9 @@ func (a *api) create(object runtime.Object) error {
 	}
 	if service, ok := object.(*corev1.Service); ok {
 		complete(service)
-		a.keep(a.kinds[addressesResource], watch.Added, addressOf(service))
+		if service.Spec.ClusterIP != corev1.ClusterIPNone {
+			a.keep(a.kinds[addressesResource], watch.Added, addressOf(service))
+		}
 	}
 	a.keep(s, watch.Added, object)
 	return nil

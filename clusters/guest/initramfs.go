@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/u-root/u-root/pkg/cpio"
@@ -69,19 +70,13 @@ func BuildInitramfs(ctx context.Context, cache string, kernel Kernel, programs P
 		return "", err
 	}
 	file = filepath.Join(dir, kernel.Release+"-"+key+".cpio")
-	if _, err := os.Stat(file); err == nil {
+	now := time.Now()
+	if err := os.Chtimes(file, now, now); err == nil { // when it was used last
 		return file, nil
 	}
 	report("writing the guests' initramfs")
-	// Those of former builds of plimsoll: each is some 200 MB.
-	old, err := filepath.Glob(filepath.Join(dir, kernel.Release+"-*.cpio"))
-	if err != nil {
+	if err := removeOld(dir); err != nil {
 		return "", err
-	}
-	for _, f := range old {
-		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return "", err
-		}
 	}
 	if err := a.addModules(ctx, dir, kernel); err != nil {
 		return "", err
@@ -95,6 +90,26 @@ func BuildInitramfs(ctx context.Context, cache string, kernel Kernel, programs P
 		return "", fmt.Errorf("write the initramfs: %w", err)
 	}
 	return file, os.Rename(temporary.Name(), file)
+}
+
+// keepFor is how long an archive is kept that nobody uses: each build of plimsoll makes another one, of some 300 MB, and another run may be
+// at work with it.
+const keepFor = 3 * time.Hour
+
+func removeOld(dir string) error {
+	old, err := filepath.Glob(filepath.Join(dir, "*.cpio"))
+	if err != nil {
+		return err
+	}
+	for _, f := range old {
+		if info, err := os.Stat(f); err != nil || time.Since(info.ModTime()) < keepFor {
+			continue
+		}
+		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
 }
 
 // An archive is what an initramfs is made of.

@@ -31,6 +31,9 @@ type Kernel struct {
 // packagePattern finds the packages of Debian's stock kernel 6.12 for virtual machines, the one that figures are compared by.
 const packagePattern = `^linux-image-6\.12\.[0-9]+.*-cloud-amd64$`
 
+// PackageOf is the package with a kernel of a release.
+func PackageOf(release string) string { return "linux-image-" + release }
+
 // FetchKernel unpacks a kernel's package of the distribution into a folder of cache, once, and opens what is in it. An empty name stands for
 // the newest package of Debian's kernel 6.12 of those that can be had now, or for the newest one that is in the cache already. Errors wrap
 // clusters.ErrNotSupported.

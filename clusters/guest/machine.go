@@ -10,7 +10,9 @@ package guest
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/base64"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -107,6 +109,13 @@ func (m Machine) args(console, out string, job []byte) []string {
 		"-append", "console=ttyS0 rdinit=/init nokaslr panic=-1 mitigations=off audit=0 quiet " + jobVariable + "=" + base64.RawURLEncoding.EncodeToString(job),
 		"-nodefaults", "-display", "none", "-no-reboot", "-serial", "file:" + console, "-serial", "file:" + out,
 	}
+}
+
+// Recipe names what machines and their initramfs are made of, but for the kernel and the programs.
+func (m Machine) Recipe() string {
+	m.Kernel, m.Initramfs, m.Seed = Kernel{}, "", 0
+	sum := sha256.Sum256(fmt.Append(nil, archiveVersion, m.args("", "", nil)))
+	return hex.EncodeToString(sum[:4])
 }
 
 // tailLines is how many of a console's lines an error has.

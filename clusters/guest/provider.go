@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 
+	"k8s.io/apimachinery/pkg/runtime"
+
 	"github.com/plimsoll-bench/plimsoll/clusters"
 	"github.com/plimsoll-bench/plimsoll/clusters/lab"
 )
@@ -30,5 +32,30 @@ func (Provider) Create(ctx context.Context, plan clusters.Plan) ([]clusters.Clus
 		return nil, errors.New("sites of guests are opened inside of them")
 	}
 	plan.Bin = guestBin
-	return lab.Provider{StartAPI: func() (lab.API, error) { return startAPI() }}.Create(ctx, plan)
+	a, err := startAPI()
+	if err != nil {
+		return nil, err
+	}
+	made, err := lab.Provider{StartAPI: func() (lab.API, error) { return a, nil }}.Create(ctx, plan)
+	if err != nil {
+		return nil, errors.Join(err, a.Close(ctx))
+	}
+	return []clusters.Cluster{&cluster{made[0], a}}, nil
+}
+
+// cluster is that of a guest.
+type cluster struct {
+	clusters.Cluster
+	api *api
+}
+
+var _ clusters.Writer = (*cluster)(nil)
+
+func (c *cluster) Write(objects []runtime.Object) error {
+	for _, o := range objects {
+		if err := c.api.create(o); err != nil {
+			return err
+		}
+	}
+	return nil
 }

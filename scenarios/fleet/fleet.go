@@ -17,6 +17,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/kubernetes"
 )
 
@@ -103,6 +104,24 @@ func New(ctx context.Context, client kubernetes.Interface, etcd *clientv3.Client
 		}
 	}
 	return f, nil
+}
+
+// Fixed is a fleet of n Services that the caller writes where nothing else is, from these objects: first the slices, then the Services. It has no
+// watches and is never scaled.
+func Fixed(plan Plan, n int) (*Fleet, []runtime.Object, error) {
+	if err := plan.validate(); err != nil {
+		return nil, nil, err
+	}
+	f := &Fleet{plan: plan, stop: func() {}, rand: rand.New(rand.NewPCG(plan.Seed, 0)), used: make(map[netip.Addr]struct{}), size: n}
+	services, err := f.allocate(n)
+	if err != nil {
+		return nil, nil, err
+	}
+	objects := make([]runtime.Object, 2*n)
+	for i, s := range services {
+		objects[i], objects[n+i] = newSlice(plan, s), newService(plan, s)
+	}
+	return f, objects, nil
 }
 
 // Len is the number of Services after the last Scale.
@@ -272,7 +291,7 @@ func (f *Fleet) allocate(n int) ([]Service, error) {
 		if i == len(f.addrs) {
 			f.addrs = append(f.addrs, netip.Addr{})
 		}
-		if !f.addrs[i].IsValid() || f.views[kindIPAddress].foreign(f.addrs[i].String()) {
+		if !f.addrs[i].IsValid() || f.foreign(f.addrs[i]) {
 			addr, err := f.draw()
 			if err != nil {
 				return nil, err
@@ -284,13 +303,19 @@ func (f *Fleet) allocate(n int) ([]Service, error) {
 	return services, nil
 }
 
+// foreign says whether an address is somebody else's.
+func (f *Fleet) foreign(addr netip.Addr) bool {
+	view := f.views[kindIPAddress]
+	return view != nil && view.foreign(addr.String())
+}
+
 // draw finds an address that neither the fleet nor anybody else has.
 func (f *Fleet) draw() (netip.Addr, error) {
 	room := f.plan.serviceRoom()
 	first := f.rand.Uint64N(room)
 	for step := range room {
 		addr := f.plan.serviceAddr((first + step) % room)
-		if _, used := f.used[addr]; used || f.views[kindIPAddress].foreign(addr.String()) {
+		if _, used := f.used[addr]; used || f.foreign(addr) {
 			continue
 		}
 		f.used[addr] = struct{}{}
