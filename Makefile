@@ -18,7 +18,7 @@ export GOFLAGS := $(GOFLAGS) -buildvcs=false
 # The system's folders are not in everybody's PATH, nor in root's after su.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-PROVIDER ?= auto
+PROVIDER ?= auto,guest
 # What takes long to build and outlives a checkout.
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/plimsoll
 PROFILE ?= default
@@ -40,21 +40,26 @@ help: ## print this help
 	@echo '  make bench OUT=DIR ARGS="--seed 2" results go to DIR; ARGS are flags of plimsoll run'
 	@echo '  NO_INSTALL=1                       print what would be installed, and install nothing'
 
+# Guests alone need no root.
 .PHONY: bench
-bench: go-version root bin/plimsoll packages $(BINARIES) ## set up, then measure the load line [PROVIDER=auto|lab|kind] [PROFILE=quick|default|full] [OUT=DIR] [ARGS=…]
-	@$(SUDO) bin/plimsoll run --provider '$(PROVIDER)' --profile '$(PROFILE)' --cache '$(CACHE)' $(if $(OUT),--out '$(OUT)') $(ARGS)
+bench: go-version $(if $(filter guest,$(PROVIDER)),,root) bin/plimsoll $(if $(filter guest,$(PROVIDER)),,packages) $(if $(findstring guest,$(PROVIDER)),guest-parts) $(BINARIES) ## set up, then measure the load line [PROVIDER=auto,guest|auto|lab|kind|guest] [PROFILE=quick|default|full] [OUT=DIR] [ARGS=…]
+	@$(if $(filter guest,$(PROVIDER)),,$(SUDO)) bin/plimsoll run --provider '$(PROVIDER)' --profile '$(PROFILE)' --cache '$(CACHE)' $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 .PHONY: test
-test: go-version root bin/plimsoll packages $(BINARIES) kind-parts ## set up, then run every test, as root: most of them need a kernel
+test: go-version root bin/plimsoll packages $(BINARIES) kind-parts guest-parts ## set up, then run every test, as root: most of them need a kernel
 	@# One package at a time: tests that load rules and measure would disturb each other. Kernels change without
 	@# Go noticing, so no result is taken from the cache.
-	$(GO) test -p 1 -count 1 -timeout 15m $(TESTFLAGS) $(if $(SUDO),-exec "sudo env PATH=$$PATH CI=$(CI)") ./...
+	$(GO) test -p 1 -count 1 -timeout 25m $(TESTFLAGS) $(if $(SUDO),-exec "sudo env PATH=$$PATH CI=$(CI)") ./...
 
 .PHONY: figures
 figures: go-version root bin/plimsoll packages $(BINARIES) ## measure the load balancer's own figures, on a quiet machine: hook, connect, round trips, agent beside kube-proxy
 	$(GO) test -run '^$$' -bench 'Hook|Sync' -benchtime 40x $(if $(SUDO),-exec "sudo env PATH=$$PATH") ./dataplane/lb
 	$(GO) test -run '^$$' -bench 'Connect|RoundTrip' -benchtime 1000x -timeout 30m $(if $(SUDO),-exec "sudo env PATH=$$PATH") ./dataplane/lb
 	$(GO) test -run '^$$' -bench Agent -benchtime 1x -timeout 2h $(if $(SUDO),-exec "sudo env PATH=$$PATH") ./bench
+
+.PHONY: accept
+accept: go-version bin/plimsoll guest-parts $(BINARIES) ## count instructions in guests, and accept the counts that tests hold later ones to
+	@bin/plimsoll accept --cache '$(CACHE)' $(ARGS)
 
 .PHONY: race
 race: go-version root bin/plimsoll ## run the tests of packages that need no kernel under the race detector
@@ -133,6 +138,10 @@ packages: bin/plimsoll
 .PHONY: kind-parts
 kind-parts:
 	@$(MAKE) --no-print-directory node-image || echo 'there is no node image: the tests of kind will be skipped'
+
+.PHONY: guest-parts
+guest-parts: bin/plimsoll
+	@$(SUDO) bin/plimsoll doctor --install --with guest || echo 'there is no QEMU for guests: what they would give will be skipped'
 
 # Subtle: the C is sometimes ahead of the Go that uses it, and then plimsoll does not build before this has run. So it is
 # built only where the compiler is missing.

@@ -47,7 +47,6 @@ func newAcceptCommand() *cobra.Command {
 	f.StringVar(&o.file, "file", acceptedFile, "file of the accepted counts")
 	f.BoolVar(&o.check, "check", false, "compare and write nothing")
 	f.StringVar(&o.plan.Bin, "bin", "", "folder with kube-proxy (default the one that this program lies in)")
-	f.StringVar(&o.plan.Program, "program", "", "plimsoll for the guests (default this one)")
 	f.StringVar(&o.plan.Cache, "cache", "", "folder of kernels and initramfs (default the user's cache)")
 	f.StringVar(&o.plan.Out, "out", "", "folder to keep the run in (default none)")
 	o.guest.bind(f)
@@ -58,6 +57,11 @@ func (o *acceptOptions) run(ctx context.Context, stdout, stderr io.Writer) (err 
 	accepted, err := scenarios.ReadAccepted(o.file)
 	if err != nil {
 		return err
+	}
+	if !o.check { // before minutes of counting
+		if err := os.MkdirAll(filepath.Dir(o.file), 0o755); err != nil {
+			return err
+		}
 	}
 	if o.plan.Bin == "" {
 		if o.plan.Bin, err = binaries(); err != nil {
@@ -87,7 +91,7 @@ func (o *acceptOptions) run(ctx context.Context, stdout, stderr io.Writer) (err 
 		return err
 	}
 	env := describeHost(ctx, o.plan.Bin)
-	env.Run, env.Start, env.Command = runName(), time.Now(), os.Args
+	env.Run, env.Start, env.Command = "accepted", time.Now(), os.Args
 	if err := g.count(ctx, o.plan, o.guest, env, progress); err != nil {
 		return err
 	}

@@ -52,7 +52,7 @@ the line and asks, without one it shows the line and runs it as root, and with N
 		},
 	}
 	cmd.Flags().BoolVar(&install, "install", false, "install the distribution's packages that are missing")
-	cmd.Flags().StringSliceVar(&with, "with", nil, "with --install: the packages for developers too (generate, check)")
+	cmd.Flags().StringSliceVar(&with, "with", nil, "with --install: the packages of a set too (guest, node-image, generate, check)")
 	return cmd
 }
 
@@ -137,6 +137,7 @@ func examine(ctx context.Context, bin string, root bool) []finding {
 	findings = append(findings, examineKernel(ctx, root)...)
 	findings = append(findings, examineBinaries(ctx, bin)...)
 	findings = append(findings, examineKind(ctx)...)
+	findings = append(findings, examineGuests(ctx))
 	findings = append(findings, examineNoise()...)
 
 	if loaded := newModules(modules, loadedModules()); len(loaded) > 0 {

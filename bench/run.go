@@ -36,13 +36,19 @@ type profile struct {
 	paced     int // connects per visit and target while CPU is measured
 	patience  time.Duration
 	limit     time.Duration
+	// In guests, where figures repeat, rounds are seeds.
+	guestServices []int
+	guestRounds   int
 }
 
 var profiles = []profile{
-	{"quick", "a first picture", []int{100, 1000, 5000}, 6, 6, 100, 120 * time.Millisecond, 5 * time.Minute},
-	{"default", "enough rungs for every verdict", []int{100, 1000, 2000, 5000, 10000, 20000}, 10, 6, 200, 250 * time.Millisecond, 5 * time.Minute},
-	{"full", "up to 50,000 Services", []int{100, 1000, 2000, 5000, 10000, 20000, 50000}, 10, 6, 200, 250 * time.Millisecond, 25 * time.Minute},
+	{"quick", "a first picture", []int{100, 1000, 5000}, 6, 6, 100, 120 * time.Millisecond, 5 * time.Minute, []int{10, 1000}, 1},
+	{"default", "enough rungs for every verdict", []int{100, 1000, 2000, 5000, 10000, 20000}, 10, 6, 200, 250 * time.Millisecond, 5 * time.Minute, []int{10, 100, 1000, 10000}, 2},
+	{"full", "up to 50,000 Services", []int{100, 1000, 2000, 5000, 10000, 20000, 50000}, 10, 6, 200, 250 * time.Millisecond, 25 * time.Minute, []int{10, 100, 1000, 2000, 5000, 10000}, 3},
 }
+
+// guestConnects are those that a guest counts for each target: what repeats needs no more.
+const guestConnects = 200
 
 // guestProvider is the provider whose figures are instructions.
 var guestProvider = guest.Provider{}.Name()
@@ -56,6 +62,10 @@ type runOptions struct {
 	profile  string
 	plan     scenarios.Plan
 	guest    guestOptions
+
+	// Filled in by complete. A run goes to clusters of one provider, to guests, or first to the one and then to the others.
+	clusters  string          // the provider's name, or autoProvider; empty for none
+	guestPlan *scenarios.Plan // nil for no guests
 }
 
 func newRunCommand() *cobra.Command {
@@ -73,9 +83,9 @@ func newRunCommand() *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&o.provider, "provider", "lab", "where nodes come from (plimsoll list); auto: kind where a container engine answers and a node image can be had, else lab")
+	f.StringVar(&o.provider, "provider", "lab", "where nodes come from (plimsoll list); auto: kind where a container engine answers and a node image can be had, else lab; and guests beside them: lab,guest")
 	f.StringVar(&o.profile, "profile", "default", "quick, default or full: ladder, rounds and limits that other flags change")
-	f.StringSliceVar(&o.plan.Modes, "modes", []string{"direct", "direct-conntrack", "iptables", "iptables-legacy", "ipvs", "nftables", "ebpf"}, "modes to compare; ebpf-packet is another (plimsoll list)")
+	f.StringSliceVar(&o.plan.Modes, "modes", []string{"direct", "direct-conntrack", "iptables", "iptables-legacy", "ipvs", "nftables", "ebpf"}, "modes to compare; ebpf-packet is another (plimsoll list), which guests have by default")
 	f.IntSliceVar(&o.plan.Services, "services", nil, "numbers of Services, ascending")
 	f.IntVar(&o.plan.Endpoints, "endpoints", 2, "endpoints of each Service")
 	f.IntVar(&o.plan.Rounds, "rounds", 0, "visits of every mode at every rung, at least 6")
@@ -103,6 +113,43 @@ func (o *runOptions) complete(cmd *cobra.Command, args []string) error {
 		return fmt.Errorf("profile %q is not one of quick, default, full", o.profile)
 	}
 	p, plan := profiles[i], &o.plan
+	if err := o.readProvider(); err != nil {
+		return err
+	}
+	if plan.Bin == "" {
+		var err error
+		if plan.Bin, err = binaries(); err != nil {
+			return err
+		}
+	}
+	if plan.Cache == "" {
+		var err error
+		if plan.Cache, err = cacheDir(); err != nil {
+			return err
+		}
+	}
+	for _, name := range args {
+		if _, err := scenarios.Find(name); err != nil {
+			return err
+		}
+	}
+	for _, name := range plan.Modes {
+		if _, err := dataplane.Find(name); err != nil {
+			return err
+		}
+	}
+	plan.Scenarios = args
+	if o.guestPlan != nil {
+		// Before the profile's other half fills in what is left.
+		*o.guestPlan = *plan
+		o.completeGuests(cmd, p)
+		if err := check(cmd, o.guestPlan); err != nil {
+			return err
+		}
+	}
+	if o.clusters == "" {
+		return nil
+	}
 	if len(plan.Services) == 0 {
 		plan.Services = p.services
 	}
@@ -120,51 +167,87 @@ func (o *runOptions) complete(cmd *cobra.Command, args []string) error {
 	}
 	plan.Again = min(p.again, plan.Rounds)
 	plan.Warmup = plan.Connects / 10
-	plan.Scenarios = args
-	if len(args) == 0 {
+	plan.Scenarios = nil
+	for _, s := range scenarios.Scenarios {
+		if named := slices.Contains(args, s.Name()); (named || len(args) == 0) && !scenarios.InGuests(s) {
+			plan.Scenarios = append(plan.Scenarios, s.Name())
+		} else if named && o.guestPlan == nil {
+			return fmt.Errorf("scenario %s is for guests alone (--provider guest)", s.Name())
+		}
+	}
+	switch {
+	case plan.Rounds < minRounds:
+		return fmt.Errorf("--rounds %d: at least %d are needed for a median with an interval", plan.Rounds, minRounds)
+	case plan.PacedConnects < 10 || plan.Rate <= 0:
+		return errors.New("--connects and --paced-connects want at least 10, --rate more than 0")
+	case plan.Patience < 0 || plan.ProgrammingLimit < 0:
+		return errors.New("--patience and --programming-limit want times above 0, such as 250ms or 5m")
+	}
+	for _, name := range []string{"etcd", "kube-apiserver", "kube-proxy"} {
+		if _, err := os.Stat(filepath.Join(plan.Bin, name)); err != nil {
+			return fmt.Errorf("%s is not in %s: make build makes it", name, plan.Bin)
+		}
+	}
+	return check(cmd, plan)
+}
+
+// readProvider reads --provider: the name of one, or of two of which the second is the guests'.
+func (o *runOptions) readProvider() error {
+	first, second, two := strings.Cut(o.provider, ",")
+	if two && second != guestProvider {
+		return fmt.Errorf("provider %q: only %s goes beside another one, after it", o.provider, guestProvider)
+	}
+	if first == guestProvider && !two || second == guestProvider {
+		o.guestPlan = new(scenarios.Plan)
+	}
+	if first == guestProvider {
+		return nil
+	}
+	if o.clusters = first; first == autoProvider {
+		return nil
+	}
+	_, err := findProvider(first)
+	return err
+}
+
+// completeGuests fills in what guests do under the flags that were given.
+func (o *runOptions) completeGuests(cmd *cobra.Command, p profile) {
+	plan, changed := o.guestPlan, cmd.Flags().Changed
+	if len(plan.Services) == 0 {
+		plan.Services = p.guestServices
+	}
+	if plan.Rounds == 0 || o.clusters != "" { // whose rounds are another thing
+		plan.Rounds = p.guestRounds
+	}
+	if !changed("connects") {
+		plan.Connects = guestConnects
+	}
+	if !changed("modes") {
+		plan.Modes = nil
+		for _, m := range dataplane.Modes {
+			plan.Modes = append(plan.Modes, m.Name())
+		}
+	}
+	if len(plan.Scenarios) == 0 {
 		for _, s := range scenarios.Scenarios {
-			if !scenarios.InGuests(s) || o.provider == guestProvider {
-				plan.Scenarios = append(plan.Scenarios, s.Name())
-			}
+			plan.Scenarios = append(plan.Scenarios, s.Name())
 		}
 	}
-	if plan.Bin == "" {
-		var err error
-		if plan.Bin, err = binaries(); err != nil {
-			return err
-		}
-	}
-	if plan.Cache == "" {
-		var err error
-		if plan.Cache, err = cacheDir(); err != nil {
-			return err
-		}
-	}
-	for _, name := range plan.Scenarios {
-		if _, err := scenarios.Find(name); err != nil {
-			return err
-		}
-	}
-	for _, name := range plan.Modes {
-		if _, err := dataplane.Find(name); err != nil {
-			return err
-		}
-	}
+}
+
+// check refuses a plan that makes no sense anywhere.
+func check(cmd *cobra.Command, plan *scenarios.Plan) error {
 	switch {
 	case len(plan.Modes) == 0:
 		return errors.New("--modes: at least one is needed (plimsoll list)")
 	case len(slices.Compact(slices.Sorted(slices.Values(plan.Scenarios)))) != len(plan.Scenarios):
 		return fmt.Errorf("scenarios %v: one is named twice", plan.Scenarios)
 	case plan.Rounds < 1:
-		return errors.New("--rounds: want at least 1")
-	case plan.Rounds < minRounds && o.provider != guestProvider:
-		return fmt.Errorf("--rounds %d: at least %d are needed for a median with an interval", plan.Rounds, minRounds)
+		return fmt.Errorf("--rounds %d: want at least 1", plan.Rounds)
 	case plan.Endpoints < 1:
 		return fmt.Errorf("--endpoints %d: at least 1 is needed to connect to", plan.Endpoints)
-	case plan.Connects < 10 || plan.PacedConnects < 10 || plan.Rate <= 0:
+	case plan.Connects < 10:
 		return errors.New("--connects and --paced-connects want at least 10, --rate more than 0")
-	case plan.Patience < 0 || plan.ProgrammingLimit < 0:
-		return errors.New("--patience and --programming-limit want times above 0, such as 250ms or 5m")
 	case !slices.IsSorted(plan.Services) || len(slices.Compact(slices.Clone(plan.Services))) != len(plan.Services) || plan.Services[0] < 1:
 		return fmt.Errorf("--services %v: want ascending numbers from 1 on", plan.Services)
 	case plan.Services[len(plan.Services)-1] > 65000:
@@ -177,22 +260,11 @@ func (o *runOptions) complete(cmd *cobra.Command, args []string) error {
 		}
 		plan.Twin = plan.Modes[0]
 	}
-	for _, name := range []string{"etcd", "kube-apiserver", "kube-proxy"} {
-		if _, err := os.Stat(filepath.Join(plan.Bin, name)); err != nil {
-			return fmt.Errorf("%s is not in %s: make build makes it", name, plan.Bin)
-		}
-	}
 	return nil
 }
 
 func (o *runOptions) run(ctx context.Context, stdout, stderr io.Writer) (err error) {
-	var provider clusters.Provider
-	if o.provider != autoProvider {
-		if provider, err = findProvider(o.provider); err != nil {
-			return err
-		}
-	}
-	if _, counts := provider.(guest.Provider); os.Geteuid() != 0 && !counts {
+	if os.Geteuid() != 0 && o.clusters != "" {
 		return errors.New("measuring makes network namespaces and loads BPF programs: run it as root (sudo)")
 	}
 	now := time.Now()
@@ -204,6 +276,9 @@ func (o *runOptions) run(ctx context.Context, stdout, stderr io.Writer) (err err
 	}
 	defer func() { err = errors.Join(err, giveBack(o.plan.Out)) }()
 	o.plan.Run = runName()
+	if o.guestPlan != nil {
+		o.guestPlan.Out = o.plan.Out
+	}
 	env := describeHost(ctx, o.plan.Bin)
 	env.Run, env.Seed, env.Start, env.Command = o.plan.Run, int64(o.plan.Seed), now, os.Args
 	env.Settings = map[string]string{
@@ -224,16 +299,12 @@ func (o *runOptions) run(ctx context.Context, stdout, stderr io.Writer) (err err
 	klog.LogToStderr(false)
 	klog.SetOutput(progress.log)
 	progress.Step(fmt.Sprintf("run %s: results go to %s", o.plan.Run, o.plan.Out))
-	if provider == nil {
-		var said string
-		provider, said = chooseProvider(ctx, o.plan)
-		progress.Step(said)
-	}
 	modules := loadedModules()
-	if _, counts := provider.(guest.Provider); counts {
+	if o.clusters != "" {
+		err = scenarios.Run(ctx, o.plan, o.findClusters(ctx, progress), env, progress)
+	}
+	if err == nil && o.guestPlan != nil {
 		err = o.count(ctx, env, progress)
-	} else {
-		err = scenarios.Run(ctx, o.plan, provider, env, progress)
 	}
 	if err != nil {
 		progress.write("error: " + err.Error())
@@ -253,13 +324,29 @@ func (o *runOptions) run(ctx context.Context, stdout, stderr io.Writer) (err err
 	return err
 }
 
-// count carries the plan out in guests.
+// findClusters is the provider of clusters.
+func (o *runOptions) findClusters(ctx context.Context, report scenarios.Reporter) clusters.Provider {
+	if p, err := findProvider(o.clusters); err == nil {
+		return p
+	}
+	p, said := chooseProvider(ctx, o.plan)
+	report.Step(said)
+	return p
+}
+
+// count carries the plan of guests out, beside what clusters have given, where they have. Without QEMU or a kernel its rows say so.
 func (o *runOptions) count(ctx context.Context, env results.Environment, report scenarios.Reporter) error {
-	g, err := prepareGuests(ctx, o.guest, o.plan, report)
-	if err != nil {
+	g, err := prepareGuests(ctx, o.guest, *o.guestPlan, report)
+	if err != nil && !errors.Is(err, clusters.ErrNotSupported) {
 		return err
 	}
-	return g.count(ctx, o.plan, o.guest, env, report)
+	if err != nil {
+		report.Warn(fmt.Sprintf("no guests: %v", err))
+	}
+	env.Run, env.CPU, env.NumCPU, env.MemoryBytes, env.Sysctls = fmt.Sprintf("guests-%d", o.guestPlan.Seed), "QEMU's, an instruction a nanosecond", 1, int64(o.guest.memory)<<20, nil
+	env.Extra = map[string]string{"guests": fmt.Sprintf("recipe %s, at %v Services, rounds of seeds %d to %d", g.machine.Recipe(), o.guestPlan.Services, o.guestPlan.Seed, o.guestPlan.Seed+uint64(o.guestPlan.Rounds)-1)}
+	env.Settings = map[string]string{"proxy": env.Settings["proxy"], "connects": strconv.Itoa(o.guestPlan.Connects)}
+	return g.count(ctx, *o.guestPlan, o.guest, env, report)
 }
 
 // runName is short, unique, and fit for a file's or a cgroup's name.

@@ -7,12 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 )
 
 // Writer appends records to a run's folder. Its methods may be called from several goroutines.
@@ -33,7 +35,7 @@ func Create(dir string, env Environment) (*Writer, error) {
 	name := filepath.Join(dir, RecordsFile)
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
 	if errors.Is(err, fs.ErrExist) {
-		return nil, fmt.Errorf("%s holds a run already: choose another folder or remove it", dir)
+		return nil, fmt.Errorf("%s %w: choose another folder or remove it", dir, ErrHoldsRun)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("create run: %w", err)
@@ -50,6 +52,48 @@ func Create(dir string, env Environment) (*Writer, error) {
 		return nil, errors.Join(fmt.Errorf("create run: %w", err), w.Close(), os.Remove(name))
 	}
 	return w, nil
+}
+
+// ErrHoldsRun is wrapped by Create's error for a folder that is not empty of records.
+var ErrHoldsRun = errors.New("holds a run already")
+
+// Extend goes on with the run of a folder elsewhere, as in guests beside a lab. It returns the run's environment with the modes, versions and
+// extras of env that it has not.
+func Extend(dir string, env Environment) (*Writer, Environment, error) {
+	run, err := Read(dir)
+	if err != nil {
+		return nil, env, fmt.Errorf("extend run: %w", err)
+	}
+	merged := run.Environment
+	for _, m := range env.Modes {
+		if !slices.ContainsFunc(merged.Modes, func(has Mode) bool { return has.Name == m.Name }) {
+			merged.Modes = append(merged.Modes, m)
+		}
+	}
+	for _, pair := range []struct {
+		into *map[string]string
+		from map[string]string
+	}{{&merged.Versions, env.Versions}, {&merged.Extra, env.Extra}} {
+		all := map[string]string{}
+		maps.Copy(all, pair.from)
+		maps.Copy(all, *pair.into)
+		*pair.into = all
+	}
+	for _, s := range env.Plan.Scenarios {
+		if !slices.Contains(merged.Plan.Scenarios, s) {
+			merged.Plan.Scenarios = append(merged.Plan.Scenarios, s)
+		}
+	}
+	merged.End = time.Time{}
+	f, err := os.OpenFile(filepath.Join(dir, RecordsFile), os.O_WRONLY|os.O_APPEND, 0o644)
+	if err != nil {
+		return nil, env, fmt.Errorf("extend run: %w", err)
+	}
+	w := &Writer{dir: dir, file: f}
+	if err := w.writeEnvironment(merged); err != nil {
+		return nil, env, errors.Join(fmt.Errorf("extend run: %w", err), w.Close())
+	}
+	return w, merged, nil
 }
 
 // Append writes r and returns when the kernel has it: what was appended survives a crash of

@@ -22,12 +22,12 @@ import (
 // Guests boots guests that do jobs.
 type Guests interface {
 	// Run has a guest with a seed do a cell's work, and returns what it wrote. dir is a folder of its own. Errors wrap clusters.ErrLate where the
-	// work was not done in time.
+	// work was not done in time, and clusters.ErrNotSupported where there are no guests here.
 	Run(ctx context.Context, dir string, seed uint64, cell []byte) ([]byte, error)
 }
 
-// Count carries a plan out in guests of a provider, each of which does one cell, so many side by side. It leaves what Run leaves; the
-// records are the same to the byte for the same plan, programs and kernel. env has the guests' kernel.
+// Count carries a plan out in guests of a provider, each of which does one cell, so many side by side. It leaves what Run leaves, in
+// the same folder if there is something already; the records are the same to the byte for the same plan, programs and kernel. env has the guests' kernel.
 func Count(ctx context.Context, plan Plan, provider clusters.Provider, guests Guests, side int, env results.Environment, report Reporter) (err error) {
 	c := &sweep{guests: guests, bench: &bench{plan: plan, provider: provider, report: report, kernel: kernelVersion(env.Kernel)}}
 	for _, name := range plan.Scenarios {
@@ -52,6 +52,9 @@ func Count(ctx context.Context, plan Plan, provider clusters.Provider, guests Gu
 	}
 	env.Plan = results.Plan{Scenarios: plan.Scenarios, Services: plan.Services, Endpoints: plan.Endpoints, Rounds: plan.Rounds}
 	writer, err := results.Create(plan.Out, env)
+	if errors.Is(err, results.ErrHoldsRun) {
+		writer, env, err = results.Extend(plan.Out, env)
+	}
 	if err != nil {
 		return err
 	}
@@ -152,6 +155,9 @@ func (c *sweep) do(ctx context.Context, cell Cell) (records []results.Record, er
 	name := fmt.Sprintf("%s-%d-%d", cell.Name, cell.Services, cell.Round)
 	began := time.Now()
 	text, err := c.guests.Run(ctx, filepath.Join(c.bench.plan.Out, "logs", name), cell.Seed, job)
+	if errors.Is(err, clusters.ErrNotSupported) {
+		return c.bench.skips(&rung{services: cell.Services}, cell.Name, reason(err)), nil
+	}
 	if errors.Is(err, clusters.ErrLate) {
 		c.bench.report.Warn(fmt.Sprintf("%s: %v", name, err))
 		why, _, _ := strings.Cut(err.Error(), "\n")

@@ -89,7 +89,7 @@ var Metrics = []Metric{
 	{"proxy-programming-cpu-ns", "CPU that the proxy's processes used for that"},
 	{"proxy-rss-bytes", "resident memory of the proxy's processes once the rung is programmed"},
 	{"p50-instructions", "in guests: instructions of all that a connect(2) or send(2) sets going, median of a visit (min alike)"},
-	{"hook-instructions", "in guests: what of that the load balancer's programs take, mean of a visit, with some 30 for the reading of the clock at each run"},
+	{"hook-instructions", "in guests: what of that the load balancer's programs take, the least of five means, with the reading of the clock at each run"},
 	{"programming-virtual_s", "in guests: programming-ns by the guest's clock, which goes on by instructions and by waiting"},
 	{"added-virtual_s", "in guests: from the write of one Service more until a connect to it succeeds, by the guest's clock"},
 }

@@ -97,16 +97,18 @@ func BuildInitramfs(ctx context.Context, cache string, kernel Kernel, programs P
 const keepFor = 3 * time.Hour
 
 func removeOld(dir string) error {
-	old, err := filepath.Glob(filepath.Join(dir, "*.cpio"))
-	if err != nil {
-		return err
-	}
-	for _, f := range old {
-		if info, err := os.Stat(f); err != nil || time.Since(info.ModTime()) < keepFor {
-			continue
-		}
-		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	for _, pattern := range []string{"*.cpio", ".writing-*", ".modules-*"} { // the latter of runs that were killed
+		old, err := filepath.Glob(filepath.Join(dir, pattern))
+		if err != nil {
 			return err
+		}
+		for _, f := range old {
+			if info, err := os.Stat(f); err != nil || time.Since(info.ModTime()) < keepFor {
+				continue
+			}
+			if err := os.RemoveAll(f); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

@@ -9,6 +9,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -38,24 +39,34 @@ func PackageOf(release string) string { return "linux-image-" + release }
 // the newest package of Debian's kernel 6.12 of those that can be had now, or for the newest one that is in the cache already. Errors wrap
 // clusters.ErrNotSupported.
 func FetchKernel(ctx context.Context, cache, name string, report func(string)) (Kernel, error) {
-	shelves := filepath.Join(cache, "kernels")
 	if name == "" {
-		kept, err := filepath.Glob(filepath.Join(shelves, "linux-image-6.12.*-cloud-amd64", unpackedStamp))
-		if err != nil {
-			return Kernel{}, err
+		if k, err := KeptKernel(cache); !errors.Is(err, fs.ErrNotExist) {
+			return k, err
 		}
-		if len(kept) > 0 {
-			return openShelf(filepath.Dir(slices.MaxFunc(kept, compareVersions)))
-		}
-	} else if _, err := os.Stat(filepath.Join(shelves, name, unpackedStamp)); err == nil {
-		return openShelf(filepath.Join(shelves, name))
+	} else if _, err := os.Stat(filepath.Join(shelves(cache), name, unpackedStamp)); err == nil {
+		return openShelf(filepath.Join(shelves(cache), name))
 	}
-	k, err := unpackKernel(ctx, shelves, name, report)
+	k, err := unpackKernel(ctx, shelves(cache), name, report)
 	if err != nil && ctx.Err() == nil {
 		return k, fmt.Errorf("no kernel for guests (--kernel PATH names one): %w: %w", err, clusters.ErrNotSupported)
 	}
 	return k, err
 }
+
+// KeptKernel opens the newest of Debian's kernels 6.12 that FetchKernel has unpacked. Errors wrap fs.ErrNotExist where there is none.
+func KeptKernel(cache string) (Kernel, error) {
+	kept, err := filepath.Glob(filepath.Join(shelves(cache), "linux-image-6.12.*-cloud-amd64", unpackedStamp))
+	if err != nil {
+		return Kernel{}, err
+	}
+	if len(kept) == 0 {
+		return Kernel{}, fmt.Errorf("kernel for guests: %w", fs.ErrNotExist)
+	}
+	return openShelf(filepath.Dir(slices.MaxFunc(kept, compareVersions)))
+}
+
+// shelves is the folder of unpacked packages.
+func shelves(cache string) string { return filepath.Join(cache, "kernels") }
 
 // unpackedStamp is a file in the folder of a package that is there as a whole.
 const unpackedStamp = "unpacked"

@@ -38,6 +38,8 @@ type Machine struct {
 	Memory int
 	// Seed gives the guest its randomness: what RDRAND and the like answer there.
 	Seed uint64
+	// Arguments are more of the kernel's command line.
+	Arguments string
 	// Limit is how long a run may take by the host's clock. 0 is without a limit.
 	Limit time.Duration
 }
@@ -106,7 +108,7 @@ func (m Machine) args(console, out string, job []byte) []string {
 		"-M", "q35", "-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1", "-m", strconv.Itoa(m.Memory), "-cpu", "max",
 		"-seed", strconv.FormatUint(m.Seed, 10), "-rtc", "base=2026-01-01T00:00:00,clock=vm",
 		"-kernel", m.Kernel.Image, "-initrd", m.Initramfs,
-		"-append", "console=ttyS0 rdinit=/init nokaslr panic=-1 mitigations=off audit=0 quiet " + jobVariable + "=" + base64.RawURLEncoding.EncodeToString(job),
+		"-append", "console=ttyS0 rdinit=/init nokaslr panic=-1 mitigations=off audit=0 quiet " + strings.TrimSpace(m.Arguments+" "+jobVariable+"="+base64.RawURLEncoding.EncodeToString(job)),
 		"-nodefaults", "-display", "none", "-no-reboot", "-serial", "file:" + console, "-serial", "file:" + out,
 	}
 }

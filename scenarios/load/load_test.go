@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -253,6 +254,34 @@ func TestServersNameThemselves(t *testing.T) {
 	}
 }
 
+// Lines are exchanged by UDP and on TCP connections, from new sockets and from kept ones, and what is timed one way takes no longer than both.
+func TestExchange(t *testing.T) {
+	p := mustPods(t)
+	any := netip.MustParseAddrPort("0.0.0.0:0")
+	_, report, _ := mustServer(t, p.server, ServeOptions{Name: "one", Identify: []netip.AddrPort{any}, Datagram: []netip.AddrPort{any}})
+	tcp, udp := ports(serverIP, report.Identify[0].Port()), ports(serverIP, report.Datagram[0].Port())
+	client, _ := mustClient(t, p.client)
+	for name, request := range map[string]Request{
+		"new sockets":     {Addresses: udp},
+		"kept sockets":    {Addresses: udp, Kept: true},
+		"kept streams":    {Addresses: tcp, Kept: true, Stream: true},
+		"kept, one way":   {Addresses: udp, Kept: true, OneWay: true},
+		"stream, one way": {Addresses: tcp, Kept: true, Stream: true, OneWay: true},
+	} {
+		request.Kind, request.Count, request.Warmup = Exchange, 50, 5
+		if reply := mustDo(t, client, request); len(reply.Latencies) != 50 || reply.Failed() != 0 || slices.Min(reply.Latencies) <= 0 {
+			t.Errorf("%s: %d latencies, errors %v", name, len(reply.Latencies), reply.Errors)
+		}
+	}
+	reply := mustDo(t, client, Request{Kind: Exchange, Addresses: ports(blackHoleIP, 9), Count: 1, Timeout: 20 * time.Millisecond})
+	if diff := cmp.Diff(map[string]int64{"timeout": 1}, reply.Errors); diff != "" {
+		t.Errorf("to a black hole (-want +got):\n%s", diff)
+	}
+	if _, err := client.Do(t.Context(), Request{Kind: Exchange, Addresses: ports(serverIP, 9), Kept: true, Stream: true, Count: 1}); err == nil || !strings.Contains(err.Error(), "connection refused") {
+		t.Errorf("stream to a closed port: %v", err)
+	}
+}
+
 func TestWait(t *testing.T) {
 	p := mustPods(t)
 	client, _ := mustClient(t, p.client)
@@ -385,6 +414,8 @@ func TestWrongRequestsAreRefused(t *testing.T) {
 		"calibrate without limit":    {Kind: Calibrate, Addresses: address, Count: 1},
 		"calibrate without count":    {Kind: Calibrate, Addresses: address, Limit: time.Second},
 		"calibrate without connects": {Kind: Calibrate, Addresses: address, Count: 1, Limit: time.Millisecond},
+		"kept connects":              {Addresses: address, Count: 1, Kept: true},
+		"stream that is not kept":    {Kind: Exchange, Addresses: address, Count: 1, Stream: true},
 		"rate for a datagram":        {Kind: Datagram, Addresses: address, Count: 1, Rate: 1},
 	} {
 		if _, err := client.Do(t.Context(), request); err == nil {
