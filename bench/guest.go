@@ -34,7 +34,7 @@ type guestOptions struct {
 func (o *guestOptions) bind(f *pflag.FlagSet) {
 	f.StringVar(&o.program, "program", "", "plimsoll that guests run, statically linked (default this one)")
 	f.StringVar(&o.kernel, "kernel", "", "bzImage of guests, with its modules in lib/modules beside its folder")
-	f.StringVar(&o.pack, "kernel-package", "", "the distribution's package with the kernel of guests (default Debian's 6.12 for virtual machines)")
+	f.StringVar(&o.pack, "kernel-package", "", "the distribution's package with the kernel of guests, or several, with commas between them (default Debian's 6.12 for virtual machines)")
 	f.StringVar(&o.arguments, "kernel-arguments", "", "more of the command line of guests' kernel, such as ipv6.disable=1")
 	f.IntVar(&o.side, "guests", runtime.NumCPU(), "guests side by side")
 	f.IntVar(&o.memory, "guest-memory", 3072, "memory of a guest, in MiB")

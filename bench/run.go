@@ -92,6 +92,7 @@ func newRunCommand() *cobra.Command {
 	f.Uint64Var(&o.plan.Seed, "seed", 1, "seed of the order of visits, of addresses, and of every bootstrap")
 	f.StringVar(&o.plan.Out, "out", "", "folder for the results (default results/runs/TIME)")
 	f.BoolVar(&o.plan.Settings.ProxyDefaults, "proxy-defaults", false, "leave each proxy at its own defaults instead of minSyncPeriod 10 ms for all")
+	f.BoolVar(&o.plan.Settings.PeerNames, "peer-names", false, "have mode ebpf tell getpeername(2) of Services, at a cost for each connect and close")
 	f.DurationVar(&o.plan.ProgrammingLimit, "programming-limit", 0, "how long a mode may take to carry a rung before it is skipped")
 	f.StringVar(&o.plan.Bin, "bin", "", "folder with kube-apiserver, kube-proxy and etcd (default the one that this program lies in)")
 	f.StringVar(&o.plan.Twin, "twin", "direct", "mode that gets a second node; the noise floor comes from the difference; empty for none")
@@ -288,6 +289,9 @@ func (o *runOptions) run(ctx context.Context, stdout, stderr io.Writer) (err err
 	}
 	if o.plan.Settings.ProxyDefaults {
 		env.Settings["proxy"] = "each proxy's own defaults"
+	}
+	if o.plan.Settings.PeerNames {
+		env.Settings["proxy"] += "; getpeername(2) names Services in mode ebpf"
 	}
 
 	progress, err := newProgress(stderr, filepath.Join(o.plan.Out, "log.txt"))

@@ -51,6 +51,8 @@ type ProxySpec struct {
 	Agent bool
 	// Packets has the agent translate packets at the node's devices, and nothing at sockets.
 	Packets bool
+	// PeerNames has the agent tell getpeername(2) of Services.
+	PeerNames bool
 	// ConntrackHooks installs an inert table that keeps conntrack and the NAT hooks alive, and nothing else.
 	ConntrackHooks bool
 	// MasqueradeAll has endpoints see an address of the node, whoever asks at a ClusterIP.

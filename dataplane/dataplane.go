@@ -19,6 +19,8 @@ import (
 type Settings struct {
 	// ProxyDefaults leaves every proxy at its own defaults; otherwise all have LikeForLike.
 	ProxyDefaults bool
+	// PeerNames has mode ebpf tell getpeername(2) of Services, which costs something.
+	PeerNames bool
 }
 
 // LikeForLike is the minSyncPeriod of every proxy in a run that compares them like for like.

@@ -43,7 +43,7 @@ func loadsBalancer(options lb.Options, try func(*lb.Balancer) error) error {
 }
 
 func (m ebpf) Spec(s Settings) clusters.ProxySpec {
-	return clusters.ProxySpec{Name: m.Name(), Agent: true, MinSyncPeriod: s.minSyncPeriod()}
+	return clusters.ProxySpec{Name: m.Name(), Agent: true, PeerNames: s.PeerNames, MinSyncPeriod: s.minSyncPeriod()}
 }
 
 // Programmed is what the agent counts in its map of frontends.

@@ -31,8 +31,10 @@ type unitStep struct {
 }
 
 var unitSteps = map[string][]unitStep{
-	"ns":    {{1e9, 1e9, "s"}, {1e6, 1e6, "ms"}, {1e3, 1e3, "µs"}},
-	"bytes": {{1 << 30, 1 << 30, "GiB"}, {1 << 20, 1 << 20, "MiB"}, {1 << 10, 1 << 10, "KiB"}},
+	"ns": {{1e9, 1e9, "s"}, {1e6, 1e6, "ms"}, {1e3, 1e3, "µs"}},
+	// Of the clock of a guest, which goes on by instructions and by waiting.
+	"virtual_s": {{1, 1, "virtual s"}, {1e-3, 1e-3, "virtual ms"}, {0, 1e-6, "virtual µs"}},
+	"bytes":     {{1 << 30, 1 << 30, "GiB"}, {1 << 20, 1 << 20, "MiB"}, {1 << 10, 1 << 10, "KiB"}},
 }
 
 // scaleOf returns the unit that a figure of size x reads best in, and what to divide by: 16300 ns/op gives µs/op and 1000.

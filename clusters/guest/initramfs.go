@@ -233,8 +233,11 @@ func (a *archive) key(kernel Kernel) (string, error) {
 			return "", err
 		}
 	}
-	// A module's bytes are its release's.
-	return hex.EncodeToString(sum.Sum(nil)[:8]), nil
+	err := kernel.eachModule(func(file, name string) error {
+		fmt.Fprintln(sum, name)
+		return copyFile(sum, file)
+	})
+	return hex.EncodeToString(sum.Sum(nil)[:8]), err
 }
 
 // archiveVersion changes with what write adds of its own.
@@ -266,28 +269,9 @@ func (a *archive) addModules(ctx context.Context, dir string, kernel Kernel) (er
 		}
 	}()
 	target := filepath.Join("lib/modules", kernel.Release)
-	for _, d := range moduleDirs {
-		err := filepath.WalkDir(filepath.Join(kernel.Modules, d), func(file string, entry fs.DirEntry, err error) error {
-			if errors.Is(err, fs.ErrNotExist) {
-				return nil
-			} else if err != nil {
-				return err
-			}
-			name, err := filepath.Rel(kernel.Modules, file)
-			if err != nil {
-				return err
-			}
-			if entry.IsDir() {
-				if slices.Contains(notModules, name) {
-					return fs.SkipDir
-				}
-				return nil
-			}
-			return unpackModule(file, filepath.Join(tree, target, name))
-		})
-		if err != nil {
-			return fmt.Errorf("modules: %w", err)
-		}
+	err = kernel.eachModule(func(file, name string) error { return unpackModule(file, filepath.Join(tree, target, name)) })
+	if err != nil {
+		return err
 	}
 	for _, name := range []string{"modules.builtin", "modules.builtin.modinfo", "modules.order"} {
 		if b, err := os.ReadFile(filepath.Join(kernel.Modules, name)); err == nil {
@@ -316,6 +300,37 @@ func (a *archive) addModules(ctx context.Context, dir string, kernel Kernel) (er
 		return err
 	})
 	return errors.Join(err, os.RemoveAll(tree))
+}
+
+// eachModule calls f with each file of the kernel's that guests are to have, and its name below the modules' folder.
+func (k Kernel) eachModule(f func(file, name string) error) error {
+	if k.Modules == "" {
+		return nil
+	}
+	for _, d := range moduleDirs {
+		err := filepath.WalkDir(filepath.Join(k.Modules, d), func(file string, entry fs.DirEntry, err error) error {
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil
+			} else if err != nil {
+				return err
+			}
+			name, err := filepath.Rel(k.Modules, file)
+			if err != nil {
+				return err
+			}
+			if !entry.IsDir() {
+				return f(file, name)
+			}
+			if slices.Contains(notModules, name) {
+				return fs.SkipDir
+			}
+			return nil
+		})
+		if err != nil {
+			return fmt.Errorf("modules: %w", err)
+		}
+	}
+	return nil
 }
 
 // unpackModule writes a module uncompressed, under its name without the compression's suffix. What is no module is left out.

@@ -35,7 +35,8 @@ const packagePattern = `^linux-image-6\.12\.[0-9]+.*-cloud-amd64$`
 // PackageOf is the package with a kernel of a release.
 func PackageOf(release string) string { return "linux-image-" + release }
 
-// FetchKernel unpacks a kernel's package of the distribution into a folder of cache, once, and opens what is in it. An empty name stands for
+// FetchKernel unpacks a kernel's package of the distribution into a folder of cache, once, and opens what is in it: or several packages, with commas
+// between them, where modules have one of their own, as Ubuntu's. An empty name stands for
 // the newest package of Debian's kernel 6.12 of those that can be had now, or for the newest one that is in the cache already. Errors wrap
 // clusters.ErrNotSupported.
 func FetchKernel(ctx context.Context, cache, name string, report func(string)) (Kernel, error) {
@@ -43,8 +44,8 @@ func FetchKernel(ctx context.Context, cache, name string, report func(string)) (
 		if k, err := KeptKernel(cache); !errors.Is(err, fs.ErrNotExist) {
 			return k, err
 		}
-	} else if _, err := os.Stat(filepath.Join(shelves(cache), name, unpackedStamp)); err == nil {
-		return openShelf(filepath.Join(shelves(cache), name))
+	} else if dir := shelfOf(shelves(cache), name); isUnpacked(dir) {
+		return openShelf(dir)
 	}
 	k, err := unpackKernel(ctx, shelves(cache), name, report)
 	if err != nil && ctx.Err() == nil {
@@ -63,6 +64,16 @@ func KeptKernel(cache string) (Kernel, error) {
 		return Kernel{}, fmt.Errorf("kernel for guests: %w", fs.ErrNotExist)
 	}
 	return openShelf(filepath.Dir(slices.MaxFunc(kept, compareVersions)))
+}
+
+// shelfOf is the folder of a kernel's package, or of several with commas between them.
+func shelfOf(shelves, name string) string {
+	return filepath.Join(shelves, strings.ReplaceAll(name, ",", "+"))
+}
+
+func isUnpacked(dir string) bool {
+	_, err := os.Stat(filepath.Join(dir, unpackedStamp))
+	return err == nil
 }
 
 // shelves is the folder of unpacked packages.
@@ -97,7 +108,7 @@ func unpackKernel(ctx context.Context, shelves, name string, report func(string)
 		name = slices.MaxFunc(found, compareVersions)
 	}
 	report("unpacking " + name)
-	if err := errors.Join(shelf.Unpack(ctx, name), shelf.Close()); err != nil {
+	if err := errors.Join(shelf.Unpack(ctx, strings.Split(name, ",")...), shelf.Close()); err != nil {
 		return Kernel{}, err
 	}
 	if _, err := openShelf(temporary); err != nil {
@@ -106,7 +117,7 @@ func unpackKernel(ctx context.Context, shelves, name string, report func(string)
 	if err := os.WriteFile(filepath.Join(temporary, unpackedStamp), nil, 0o644); err != nil {
 		return Kernel{}, err
 	}
-	dir := filepath.Join(shelves, name)
+	dir := shelfOf(shelves, name)
 	if err := os.Rename(temporary, dir); err != nil && !errors.Is(err, os.ErrExist) { // else somebody else was faster
 		return Kernel{}, err
 	}

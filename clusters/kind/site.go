@@ -114,9 +114,9 @@ type manifestValues struct {
 	// APIServer is the control plane's name; Cgroup where a node sees its cgroup2; Wait what pods run until something is started in
 	// them; MinSyncPeriod empty for the agent's own default.
 	APIServer, Cgroup, Wait, MinSyncPeriod string
-	// PodCIDR is where pods are; Packets has the agent leave sockets alone.
-	PodCIDR string
-	Packets bool
+	// PodCIDR is where pods are; Packets has the agent leave sockets alone; PeerNames is the agent's flag.
+	PodCIDR            string
+	Packets, PeerNames bool
 
 	Pods []struct{ Name, App string }
 }
@@ -125,7 +125,7 @@ type manifestValues struct {
 func (s *site) manifests() ([]byte, error) {
 	values := manifestValues{
 		Namespace: s.spec.Name, AgentNamespace: agentNamespace, Image: s.cluster.world.pods, Node: s.name, APIServer: s.cluster.controlName(), Wait: WaitCommand,
-		PodCIDR: podRange.String(), Packets: s.spec.Packets,
+		PodCIDR: podRange.String(), Packets: s.spec.Packets, PeerNames: s.spec.PeerNames,
 		Pods: []struct{ Name, App string }{{clientPod, "client"}},
 	}
 	for _, name := range backendPods {

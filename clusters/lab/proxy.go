@@ -196,6 +196,9 @@ func (n *node) agentCommand(kubeconfig string) (host.Command, error) {
 	} else {
 		argv = append(argv, "--cgroup", n.cgroup.Dir)
 	}
+	if n.spec.PeerNames {
+		argv = append(argv, "--peer-names")
+	}
 	if p := n.spec.MinSyncPeriod; p != nil {
 		argv = append(argv, "--min-sync-period", p.String())
 	}
