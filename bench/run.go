@@ -48,7 +48,7 @@ var profiles = []profile{
 }
 
 // guestConnects are those that a guest counts for each target: what repeats needs no more.
-const guestConnects = 200
+const guestConnects = 400
 
 // guestProvider is the provider whose figures are instructions.
 var guestProvider = guest.Provider{}.Name()

@@ -4,11 +4,13 @@ package results
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -89,6 +91,41 @@ func TestWriterKeepsWhatItHas(t *testing.T) {
 	}
 	if err := w.Append(oddRecords[0]); err == nil {
 		t.Error("a closed run takes records")
+	}
+}
+
+// What is measured elsewhere goes on where a run ended, and adds what its own environment knows.
+func TestExtend(t *testing.T) {
+	dir := t.TempDir()
+	if _, _, err := Extend(dir, Environment{}); err == nil || !strings.Contains(err.Error(), "holds no run") {
+		t.Errorf("an empty folder is extended: %v", err)
+	}
+	w, err := Create(dir, Environment{Run: "first", Kernel: "6.18", Modes: []Mode{{Name: "direct", Doc: "one"}}, Plan: Plan{Scenarios: []string{"connect"}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(w.Append(oddRecords[0]), w.Finish(Environment{Run: "first", Kernel: "6.18", Modes: []Mode{{Name: "direct", Doc: "one"}}, Plan: Plan{Scenarios: []string{"connect"}}, End: time.Now()})); err != nil {
+		t.Fatal(err)
+	}
+	w, env, err := Extend(dir, Environment{
+		Run: "second", Kernel: "6.12", Modes: []Mode{{Name: "direct", Doc: "another"}, {Name: "ipvs"}}, Plan: Plan{Scenarios: []string{"udp"}},
+		Versions: map[string]string{"qemu": "7.2"}, Extra: map[string]string{"guests": "some"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if run := mustRead(t, dir); !run.Environment.End.IsZero() {
+		t.Error("a run that goes on has ended")
+	}
+	env.End = time.Now()
+	if err := errors.Join(w.Append(oddRecords[1]), w.Finish(env)); err != nil {
+		t.Fatal(err)
+	}
+	run := mustRead(t, dir)
+	e := run.Environment
+	if len(run.Records) != 2 || e.Run != "first" || e.Kernel != "6.18" || len(e.Modes) != 2 || e.Modes[0].Doc != "one" || e.Versions["qemu"] != "7.2" ||
+		e.Extra["guests"] != "some" || len(e.Plan.Scenarios) != 2 || e.End.IsZero() {
+		t.Errorf("%d records, %+v", len(run.Records), e)
 	}
 }
 

@@ -66,7 +66,7 @@ func AcceptedPlan() Plan {
 	return Plan{
 		Scenarios: []string{connect{}.Name(), tax{}.Name()},
 		Modes:     []string{"direct", "direct-conntrack", "iptables", "iptables-legacy", "ipvs", "nftables", "ebpf", "ebpf-packet"},
-		Services:  []int{10, 1000}, Endpoints: 2, Rounds: 1, Seed: 1, Connects: 200, Settings: dataplane.Settings{},
+		Services:  []int{10, 1000}, Endpoints: 2, Rounds: 1, Seed: 1, Connects: 400, Settings: dataplane.Settings{},
 	}
 }
 

@@ -278,7 +278,8 @@ const (
 // countTarget counts the instructions of what a client does.
 func (g *counting) countTarget(ctx context.Context, sc Scenario, target string, client *load.Driver, request load.Request) error {
 	tell(sc.Name() + " " + target)
-	request.Warmup, request.Timeout = request.Count/10, connectTimeout
+	// As many as are counted: where nothing was connected for a while, the first hundred or two take some 3,000 instructions more.
+	request.Warmup, request.Timeout = request.Count, connectTimeout
 	reply, err := client.Do(ctx, request)
 	if err != nil {
 		return fmt.Errorf("%s %s: %w", sc.Name(), target, err)
