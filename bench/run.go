@@ -43,8 +43,8 @@ type profile struct {
 
 var profiles = []profile{
 	{"quick", "a first picture", []int{100, 1000, 5000}, 6, 6, 100, 120 * time.Millisecond, 5 * time.Minute, []int{10, 1000}, 1},
-	{"default", "enough rungs for every verdict", []int{100, 1000, 2000, 5000, 10000, 20000}, 10, 6, 200, 250 * time.Millisecond, 5 * time.Minute, []int{10, 100, 1000, 10000}, 2},
-	{"full", "up to 50,000 Services", []int{100, 1000, 2000, 5000, 10000, 20000, 50000}, 10, 6, 200, 250 * time.Millisecond, 25 * time.Minute, []int{10, 100, 1000, 2000, 5000, 10000}, 3},
+	{"default", "enough rungs for every verdict", []int{100, 1000, 2000, 5000, 10000, 20000}, 10, 6, 200, 250 * time.Millisecond, 5 * time.Minute, []int{10, 100, 1000, 3000, 10000}, 2},
+	{"full", "up to 50,000 Services", []int{100, 1000, 2000, 5000, 10000, 20000, 50000}, 10, 6, 200, 250 * time.Millisecond, 25 * time.Minute, []int{10, 100, 1000, 3000, 5000, 10000}, 3},
 }
 
 // guestConnects are those that a guest counts for each target: what repeats needs no more.

@@ -278,9 +278,13 @@ func (t *table) figure(file string, keys []key, styles map[string]lineStyle) fig
 	if f.logY {
 		f.yLabel += " (log scale)"
 	}
-	f.title = fmt.Sprintf("%s by number of Services (%s)", upperFirst(figureWords(k, "")), unit)
+	inUnit := " (" + unit + ")"
+	if unit == instructions {
+		inUnit = "" // its words begin with it
+	}
+	f.title = upperFirst(figureWords(k, "")) + " by number of Services" + inUnit
 	if len(keys) == 1 {
-		f.title = fmt.Sprintf("%s by number of Services (%s)", upperFirst(figureWords(k, k.target)), unit)
+		f.title = upperFirst(figureWords(k, k.target)) + " by number of Services" + inUnit
 		for i := range f.panels {
 			f.panels[i].title = ""
 		}

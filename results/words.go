@@ -44,7 +44,7 @@ func figureWords(k key, target string) string {
 	if k.unit == instructions {
 		measure = "instructions"
 	}
-	what := k.scenario
+	what := or(scenarioWords[k.scenario], k.scenario)
 	switch k.scenario {
 	case "connect":
 		what = "a new connection through a Service"
@@ -53,14 +53,6 @@ func figureWords(k key, target string) string {
 		}
 	case "tax":
 		what = "a new connection to a pod's own address"
-	case "first":
-		what = "a flow's first packet to a Service"
-	case "established":
-		what = "a packet of an established flow to a Service"
-	case "udp":
-		what = "a question to a Service by UDP and its answer"
-	case "nodeport":
-		what = "a new connection to a NodePort from outside the node"
 	case "programming":
 		switch k.metric {
 		case "programming":
@@ -82,6 +74,14 @@ func figureWords(k key, target string) string {
 		return words + " of the " + measure + " of " + what
 	}
 	return what + ": " + k.metric
+}
+
+// scenarioWords say what is measured beside connections.
+var scenarioWords = map[string]string{
+	"first":       "a flow's first packet to a Service",
+	"established": "a packet of an established flow to a Service",
+	"udp":         "a question to a Service by UDP and its answer",
+	"nodeport":    "a new connection to a NodePort from outside the node",
 }
 
 // instructions is the unit of figures that guests count.
@@ -109,6 +109,9 @@ func (a *analysis) sentences(verdicts []Verdict) []string {
 		if m := a.env.mode(v.Mode); m.Floor == "" || v.Points == 0 || tail && v.Target != "tail" {
 			continue
 		}
+		if scenarioWords[v.Scenario] != "" && v.open() {
+			continue // the table says it
+		}
 		if v.Scenario == "tax" && !v.Grows {
 			untaxed = append(untaxed, v)
 		} else if s := sentence(v); s != "" {
@@ -124,6 +127,8 @@ func sentence(v Verdict) string {
 	what := fmt.Sprintf("%s (%s, %s)", v.Scenario, v.Target, v.Metric)
 	if v.Scenario == "connect" || v.Scenario == "tax" {
 		what = "a connection " + targetWords(v.Scenario, v.Target)
+	} else if words := scenarioWords[v.Scenario]; words != "" {
+		what = fmt.Sprintf("%s (%s)", words, v.Target)
 	}
 	switch {
 	case v.Scenario == "tax" && v.Grows && v.Model == Linear:
