@@ -280,6 +280,7 @@ func (g *counting) countTarget(ctx context.Context, sc Scenario, target string, 
 	tell(sc.Name() + " " + target)
 	// As many as are counted: where nothing was connected for a while, the first hundred or two take some 3,000 instructions more.
 	request.Warmup, request.Timeout = request.Count, connectTimeout
+	request.Alone = true
 	reply, err := client.Do(ctx, request)
 	if err != nil {
 		return fmt.Errorf("%s %s: %w", sc.Name(), target, err)

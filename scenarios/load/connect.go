@@ -103,6 +103,11 @@ func (c *connects) run(ctx context.Context) (Reply, error) {
 				return fmt.Errorf("set timer slack: %w", err)
 			}
 		}
+		if c.request.Alone {
+			if err := alone(); err != nil {
+				return err
+			}
+		}
 		switch {
 		case c.request.Kind == Calibrate:
 			return c.calibrate(ctx)
@@ -226,6 +231,14 @@ func sleepUntil(nanoseconds int64) {
 			return
 		}
 	}
+}
+
+// alone has the calling thread give its processor to no thread but those of the kernel's own that go before it. It dies with the thread.
+func alone() error {
+	if err := unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_FIFO, Priority: 1}, 0); err != nil {
+		return fmt.Errorf("take a processor alone: %w", err)
+	}
+	return nil
 }
 
 // onThread runs f on an operating system thread of its own, which ends with it.

@@ -50,6 +50,11 @@ func exchange(ctx context.Context, request Request) (Reply, error) {
 }
 
 func (e *exchanges) loop(ctx context.Context) error {
+	if e.request.Alone {
+		if err := alone(); err != nil {
+			return err
+		}
+	}
 	e.reply.Began = time.Now()
 	for i, target := range e.order {
 		if e.request.Limit > 0 && time.Since(e.reply.Began) >= e.request.Limit || ctx.Err() != nil {

@@ -68,6 +68,9 @@ type Request struct {
 	Stream bool `json:"stream,omitempty"`
 	// OneWay has Exchange time the call that sends alone, which on one CPU takes the packet all the way to the receiver's socket.
 	OneWay bool `json:"one_way,omitempty"`
+	// Alone has the client's thread give its processor to nobody but who answers it (SCHED_FIFO), as where there is only one: a server that is
+	// woken would else do its work in the middle of a call that is timed. Connect and Exchange only.
+	Alone bool `json:"alone,omitempty"`
 	// Rate is the number of operations due per second; zero is a closed loop. Connect only.
 	Rate float64 `json:"rate,omitempty"`
 	// Burst operations are due together, so that Rate is kept by one wake-up for each burst; zero and one pace each by
@@ -113,6 +116,9 @@ func (r *Request) validate() error {
 	}
 	if r.Quiet > 0 && r.Limit == 0 {
 		return errors.New("request: quiet needs a limit")
+	}
+	if r.Alone && r.Kind != Connect && r.Kind != Exchange {
+		return errors.New("request: alone is for connects and exchanges")
 	}
 	if r.Kind != Exchange && (r.Kept || r.Stream || r.OneWay) || r.Stream && !r.Kept {
 		return errors.New("request: kept, stream and one way are an exchange's, and a stream is kept")

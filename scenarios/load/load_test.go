@@ -266,6 +266,7 @@ func TestExchange(t *testing.T) {
 		"kept sockets":    {Addresses: udp, Kept: true},
 		"kept streams":    {Addresses: tcp, Kept: true, Stream: true},
 		"kept, one way":   {Addresses: udp, Kept: true, OneWay: true},
+		"alone":           {Addresses: udp, Alone: true},
 		"stream, one way": {Addresses: tcp, Kept: true, Stream: true, OneWay: true},
 	} {
 		request.Kind, request.Count, request.Warmup = Exchange, 50, 5
@@ -415,6 +416,7 @@ func TestWrongRequestsAreRefused(t *testing.T) {
 		"calibrate without count":    {Kind: Calibrate, Addresses: address, Limit: time.Second},
 		"calibrate without connects": {Kind: Calibrate, Addresses: address, Count: 1, Limit: time.Millisecond},
 		"kept connects":              {Addresses: address, Count: 1, Kept: true},
+		"wait alone":                 {Kind: Wait, Addresses: address, Limit: time.Second, Alone: true},
 		"stream that is not kept":    {Kind: Exchange, Addresses: address, Count: 1, Stream: true},
 		"rate for a datagram":        {Kind: Datagram, Addresses: address, Count: 1, Rate: 1},
 	} {
