@@ -34,7 +34,7 @@ type Tally struct {
 	Services               int
 	Metric                 string // "above-direct", of the least that an operation took, or "hook"
 	Instructions           float64
-	// Of is the mode's whole count, of which a difference is part; not kept.
+	// Of is what a tolerance is a share of: the mode's whole count, or that of its hook where nothing else is in it; not kept.
 	Of float64
 }
 
@@ -49,12 +49,7 @@ func (c Tally) key() string {
 const acceptedTolerance = 0.005
 
 // limit is how far a count may be from the accepted one.
-func (c Tally) limit() float64 {
-	if c.Metric == hookMetric {
-		return max(1, acceptedTolerance*c.Instructions)
-	}
-	return acceptedTolerance * c.Of
-}
+func (c Tally) limit() float64 { return max(1, acceptedTolerance*c.Of) }
 
 const (
 	aboveMetric = "above-direct"
@@ -104,7 +99,10 @@ func TalliesOf(records []results.Record, stage Stage) (all []Tally, err error) {
 		c := Tally{Stage: stage, Mode: r.Mode, Scenario: r.Scenario, Target: r.Target, Services: r.Services, Metric: aboveMetric, Instructions: least - direct, Of: least}
 		all = append(all, c)
 		if hook, has := value(r, hookMetric); has {
-			c.Metric, c.Instructions, c.Of = hookMetric, math.Round(hook*100)/100, hook
+			c.Metric, c.Instructions = hookMetric, math.Round(hook*100)/100
+			if m, err := dataplane.Find(r.Mode); err == nil && m.Floor() == dataplane.Floor {
+				c.Of = hook // its programs call nothing whose way depends on chance, as conntrack's
+			}
 			all = append(all, c)
 		}
 	}
