@@ -81,6 +81,9 @@ func prepareGuests(ctx context.Context, o guestOptions, plan scenarios.Plan, rep
 	} else {
 		g.machine.Kernel, err = guest.FetchKernel(ctx, cache, o.pack, report.Step)
 	}
+	if err != nil && o.kernel+o.pack != "" {
+		return g, fmt.Errorf("%v", err) // one that was asked for is no kernel that cannot be had
+	}
 	if err != nil {
 		return g, err
 	}

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -116,6 +117,14 @@ func TestWithoutQEMU(t *testing.T) {
 		if !strings.Contains(r.Skipped, "qemu-system-x86_64") {
 			t.Errorf("skipped: %q", r.Skipped)
 		}
+	}
+}
+
+// A kernel that was asked for and is none is an error.
+func TestWrongKernel(t *testing.T) {
+	err := run(t.Context(), io.Discard, io.Discard, append([]string{"run", "--provider", guestProvider, "--kernel", "/etc/passwd", "--out", filepath.Join(t.TempDir(), "out")}, needsGuests(t)...))
+	if err == nil || !strings.Contains(err.Error(), "/etc/passwd") {
+		t.Errorf("want an error that names it, got %v", err)
 	}
 }
 
