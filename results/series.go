@@ -197,8 +197,10 @@ func (t *table) compareKeys(a, b key) int {
 		compareListed(targets, a.target, b.target))
 }
 
+// comparePlaces puts guests last: instructions come after times.
 func comparePlaces(a, b place) int {
-	return cmp.Or(cmp.Compare(a.provider, b.provider), cmp.Compare(a.kernel, b.kernel), cmp.Compare(a.endpoints, b.endpoints))
+	const guests = "guest"
+	return cmp.Or(compareBools(a.provider == guests, b.provider == guests), cmp.Compare(a.provider, b.provider), cmp.Compare(a.kernel, b.kernel), cmp.Compare(a.endpoints, b.endpoints))
 }
 
 func (t *table) compareScenarios(a, b string) int { return compareListed(t.env.Plan.Scenarios, a, b) }
