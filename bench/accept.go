@@ -63,15 +63,8 @@ func (o *acceptOptions) run(ctx context.Context, stdout, stderr io.Writer) (err 
 			return err
 		}
 	}
-	if o.plan.Bin == "" {
-		if o.plan.Bin, err = binaries(); err != nil {
-			return err
-		}
-	}
-	if o.plan.Cache == "" {
-		if o.plan.Cache, err = cacheDir(); err != nil {
-			return err
-		}
+	if err := findFolders(&o.plan); err != nil {
+		return err
 	}
 	if o.plan.Out == "" {
 		if o.plan.Out, err = os.MkdirTemp("", "plimsoll-accept-"); err != nil {

@@ -117,17 +117,8 @@ func (o *runOptions) complete(cmd *cobra.Command, args []string) error {
 	if err := o.readProvider(); err != nil {
 		return err
 	}
-	if plan.Bin == "" {
-		var err error
-		if plan.Bin, err = binaries(); err != nil {
-			return err
-		}
-	}
-	if plan.Cache == "" {
-		var err error
-		if plan.Cache, err = cacheDir(); err != nil {
-			return err
-		}
+	if err := findFolders(plan); err != nil {
+		return err
 	}
 	for _, name := range args {
 		if _, err := scenarios.Find(name); err != nil {
@@ -190,6 +181,19 @@ func (o *runOptions) complete(cmd *cobra.Command, args []string) error {
 		}
 	}
 	return check(cmd, plan)
+}
+
+// findFolders fills in the folders of programs and of the cache where none were given.
+func findFolders(plan *scenarios.Plan) (err error) {
+	if plan.Bin == "" {
+		if plan.Bin, err = binaries(); err != nil {
+			return err
+		}
+	}
+	if plan.Cache == "" {
+		plan.Cache, err = cacheDir()
+	}
+	return err
 }
 
 // readProvider reads --provider: the name of one, or of two of which the second is the guests'.

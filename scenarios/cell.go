@@ -55,12 +55,8 @@ func (c Cell) Do(ctx context.Context, provider clusters.Provider, out io.Writer)
 		write: func(r results.Record) error { return encoder.Encode(r) },
 		bench: &bench{provider: provider, report: console{}, kernel: kernelVersion(unix.ByteSliceToString(uts.Release[:])), plan: Plan{Endpoints: c.Endpoints, ProgrammingLimit: cellLimit, Seed: c.Seed}},
 	}
-	for _, name := range c.Scenarios {
-		s, err := Find(name)
-		if err != nil {
-			return err
-		}
-		g.bench.scenarios = append(g.bench.scenarios, s)
+	if g.bench.scenarios, err = findAll(c.Scenarios); err != nil {
+		return err
 	}
 	mode, err := dataplane.Find(c.Mode)
 	if err != nil {
@@ -287,10 +283,7 @@ func (g *counting) countTarget(ctx context.Context, sc Scenario, target string, 
 	}
 	record := g.record(sc.Name(), target)
 	record.Count, record.Errors = int64(len(reply.Latencies)), reply.Failed()
-	for name, n := range reply.Errors {
-		record.Warnings = append(record.Warnings, fmt.Sprintf("%d × %s", n, name))
-	}
-	slices.Sort(record.Warnings)
+	record.Warnings = append(record.Warnings, failures(reply)...)
 	if len(reply.Latencies) > 0 {
 		// Higher percentiles are timer ticks and what else the kernel does meanwhile.
 		record.Values = []results.Value{

@@ -30,12 +30,8 @@ type Guests interface {
 // the same folder if there is something already; the records are the same to the byte for the same plan, programs and kernel. env has the guests' kernel.
 func Count(ctx context.Context, plan Plan, provider clusters.Provider, guests Guests, side int, env results.Environment, report Reporter) (err error) {
 	c := &sweep{guests: guests, bench: &bench{plan: plan, provider: provider, report: report, kernel: kernelVersion(env.Kernel)}}
-	for _, name := range plan.Scenarios {
-		s, err := Find(name)
-		if err != nil {
-			return err
-		}
-		c.bench.scenarios = append(c.bench.scenarios, s)
+	if c.bench.scenarios, err = findAll(plan.Scenarios); err != nil {
+		return err
 	}
 	for _, name := range plan.Modes {
 		m, err := dataplane.Find(name)

@@ -176,15 +176,12 @@ func Run(ctx context.Context, plan Plan, provider clusters.Provider, env results
 
 // prepare resolves names and asks this host what it carries.
 func (b *bench) prepare(ctx context.Context) error {
-	for _, name := range b.plan.Scenarios {
-		s, err := Find(name)
-		if err != nil {
-			return err
-		}
-		if _, ok := s.(connecting); !ok {
-			return fmt.Errorf("scenario %s is for guests alone (--provider guest)", name)
-		}
-		b.scenarios = append(b.scenarios, s)
+	var err error
+	if b.scenarios, err = findAll(b.plan.Scenarios); err != nil {
+		return err
+	}
+	if i := slices.IndexFunc(b.scenarios, InGuests); i >= 0 {
+		return fmt.Errorf("scenario %s is for guests alone (--provider guest)", b.scenarios[i].Name())
 	}
 	for _, name := range b.plan.Modes {
 		m, err := dataplane.Find(name)

@@ -72,6 +72,18 @@ func Find(name string) (Scenario, error) {
 	return nil, fmt.Errorf("scenario %q is not one of %s", name, strings.Join(names, ", "))
 }
 
+// findAll are the scenarios of these names.
+func findAll(names []string) ([]Scenario, error) {
+	all := make([]Scenario, len(names))
+	for i, name := range names {
+		var err error
+		if all[i], err = Find(name); err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
+}
+
 // Metric documents one figure that records carry.
 type Metric struct{ Name, Doc string }
 

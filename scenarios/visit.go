@@ -224,9 +224,7 @@ func (b *bench) measureTarget(ctx context.Context, s *site, connects int, record
 	for _, reply := range []load.Reply{fast, paced} {
 		record.Count += int64(len(reply.Latencies) + len(reply.Disturbed))
 		record.Errors += reply.Failed() + reply.Unsent
-		for name, n := range reply.Errors {
-			record.Warnings = append(record.Warnings, fmt.Sprintf("%d × %s", n, name))
-		}
+		record.Warnings = append(record.Warnings, failures(reply)...)
 	}
 	if n := int64(len(paced.Latencies)) + paced.Failed(); n > 0 {
 		used := after.Since(before)
@@ -243,6 +241,15 @@ func (b *bench) measureTarget(ctx context.Context, s *site, connects int, record
 	}
 	m.record = record
 	return m, nil
+}
+
+// failures says how many operations failed of what, a line each, sorted.
+func failures(reply load.Reply) (lines []string) {
+	for name, n := range reply.Errors {
+		lines = append(lines, fmt.Sprintf("%d × %s", n, name))
+	}
+	slices.Sort(lines)
+	return lines
 }
 
 // latencyValues are the figures of the connects that count.

@@ -23,6 +23,7 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/u-root/u-root/pkg/cpio"
+	"github.com/u-root/uio/uio"
 	"github.com/ulikunitz/xz"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
@@ -394,9 +395,8 @@ func (a *archive) write(to io.Writer) error {
 	}
 	all = append(all, a.records...)
 	for _, f := range a.files {
-		// Read when it is written: the archive is large.
 		all = append(all, cpio.Record{
-			ReaderAt: &lazyFile{path: f.from},
+			ReaderAt: uio.NewLazyFile(f.from), // read when it is written: the archive is large
 			Info:     cpio.Info{Name: strings.TrimPrefix(f.to, "/"), Mode: cpio.S_IFREG | 0o755, FileSize: sizeOf(f.from)},
 		})
 	}
@@ -405,7 +405,7 @@ func (a *archive) write(to io.Writer) error {
 	for i, r := range all {
 		r = cpio.MakeReproducible(r)
 		r.Ino = uint64(i + 1)
-		if err := w.WriteRecord(r); err != nil {
+		if err := w.WriteRecord(r); err != nil { // which closes its file
 			return fmt.Errorf("%s: %w", r.Name, err)
 		}
 	}
@@ -434,18 +434,6 @@ func withFolders(all []cpio.Record) []cpio.Record {
 		out = append(out, r)
 	}
 	return out
-}
-
-// A lazyFile is open while it is read alone.
-type lazyFile struct{ path string }
-
-func (l *lazyFile) ReadAt(b []byte, offset int64) (int, error) {
-	f, err := os.Open(l.path)
-	if err != nil {
-		return 0, err
-	}
-	defer f.Close()
-	return f.ReadAt(b, offset)
 }
 
 // sizeOf is a file's size, or 0 where reading it will say what is wrong.

@@ -36,9 +36,8 @@ const packagePattern = `^linux-image-6\.12\.[0-9]+.*-cloud-amd64$`
 func PackageOf(release string) string { return "linux-image-" + release }
 
 // FetchKernel unpacks a kernel's package of the distribution into a folder of cache, once, and opens what is in it: or several packages, with commas
-// between them, where modules have one of their own, as Ubuntu's. An empty name stands for
-// the newest package of Debian's kernel 6.12 of those that can be had now, or for the newest one that is in the cache already. Errors wrap
-// clusters.ErrNotSupported.
+// between them, where modules have one of their own, as Ubuntu's. An empty name stands for the newest of Debian's kernels 6.12 that is in the
+// cache already, or else that can be had now. Errors wrap clusters.ErrNotSupported.
 func FetchKernel(ctx context.Context, cache, name string, report func(string)) (Kernel, error) {
 	if name == "" {
 		if k, err := KeptKernel(cache); !errors.Is(err, fs.ErrNotExist) {
