@@ -356,8 +356,9 @@ func testTrouble(t *testing.T, trouble func(*webAPI) http.HandlerFunc, unheard b
 // away lists what status says of an API server that is away, and fails the test if metrics say otherwise.
 func (r *rig) away() (reasons []string) {
 	r.Helper()
-	_, metrics := r.get(r.metric, "/metrics")
-	for _, a := range r.report().API {
+	report := r.report()
+	_, metrics := r.get(r.metric, "/metrics") // after the report: what it says was counted by then
+	for _, a := range report.API {
 		if a.AwaySince.IsZero() {
 			continue
 		}
