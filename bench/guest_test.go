@@ -17,6 +17,7 @@ import (
 	"github.com/plimsoll-bench/plimsoll/clusters"
 	"github.com/plimsoll-bench/plimsoll/clusters/guest"
 	"github.com/plimsoll-bench/plimsoll/results"
+	"github.com/plimsoll-bench/plimsoll/scenarios"
 )
 
 // needsGuests skips where there is no QEMU, and returns the flags by which guests find this repository's programs.
@@ -61,7 +62,7 @@ func TestGuestsRepeat(t *testing.T) {
 	stop := keepBusy(t)
 	second := count("1")
 	stop()
-	for _, name := range []string{results.RecordsFile, results.ResultsFile} {
+	for _, name := range []string{results.RecordsFile, results.ResultsFile, scenarios.CountsFile} {
 		want, err := os.ReadFile(filepath.Join(first, name))
 		if err != nil {
 			t.Fatal(err)

@@ -43,7 +43,7 @@ type Cell struct {
 // cellLimit is how long a mode may take to carry a rung by the guest's clock. The host's own limit comes first for one that computes.
 const cellLimit = 2 * time.Hour
 
-// Do does the cell's work in the guest that provider opens, and writes its records, one JSON object a line.
+// Do does the cell's work in the guest that provider opens, and writes its records with their counts, one JSON object a line.
 func (c Cell) Do(ctx context.Context, provider clusters.Provider, out io.Writer) (err error) {
 	var uts unix.Utsname
 	if err := unix.Uname(&uts); err != nil {
@@ -52,7 +52,7 @@ func (c Cell) Do(ctx context.Context, provider clusters.Provider, out io.Writer)
 	encoder := json.NewEncoder(out)
 	g := &counting{
 		cell: c, rung: &rung{services: c.Services},
-		write: func(r results.Record) error { return encoder.Encode(r) },
+		write: func(l line) error { return encoder.Encode(l) },
 		bench: &bench{provider: provider, report: console{}, kernel: kernelVersion(unix.ByteSliceToString(uts.Release[:])), plan: Plan{Endpoints: c.Endpoints, ProgrammingLimit: cellLimit, Seed: c.Seed}},
 	}
 	if g.bench.scenarios, err = findAll(c.Scenarios); err != nil {
@@ -108,7 +108,13 @@ type counting struct {
 	bench *bench
 	rung  *rung
 	site  *site
-	write func(results.Record) error
+	write func(line) error
+}
+
+// A line is what a guest writes: a record, and what each operation took that it sums up, in their order.
+type line struct {
+	results.Record
+	Counts []int64 `json:",omitempty"` // instructions
 }
 
 // count grows the fleet and does the scenarios.
@@ -204,7 +210,7 @@ func (g *counting) countProbes(ctx context.Context, client kubernetes.Interface,
 	if p.added > 0 {
 		record := g.record(programming, "one")
 		record.Count, record.Values = 1, []results.Value{{Metric: "added", Unit: virtualSeconds, Value: p.added.Seconds()}}
-		if err := g.write(record); err != nil {
+		if err := g.write(line{Record: record}); err != nil {
 			return err
 		}
 		if err := g.site.rest(ctx); err != nil {
@@ -226,7 +232,7 @@ func (g *counting) countProbes(ctx context.Context, client kubernetes.Interface,
 			if outside && !g.site.carriesNodePorts() {
 				record := g.record(sc.Name(), target)
 				record.Skipped = "sockets alone are translated: nobody beyond the node reaches a NodePort"
-				err = g.write(record)
+				err = g.write(line{Record: record})
 			} else {
 				err = g.countTarget(ctx, sc, target, driver, request)
 			}
@@ -259,7 +265,7 @@ func (g *counting) program(ctx context.Context) (bool, error) {
 		{Metric: "proxy-programming-cpu", Unit: virtualSeconds, Value: p.cpu.Seconds()},
 		{Metric: "proxy-rss", Unit: "bytes", Value: float64(memory.RSS)},
 	}
-	if err := g.write(record); err != nil {
+	if err := g.write(line{Record: record}); err != nil {
 		return false, err
 	}
 	return true, g.site.rest(ctx)
@@ -298,7 +304,7 @@ func (g *counting) countTarget(ctx context.Context, sc Scenario, target string, 
 		}
 		record.Values = append(record.Values, results.Value{Metric: "hook", Unit: instructions, Value: hook})
 	}
-	return g.write(record)
+	return g.write(line{Record: record, Counts: reply.Latencies})
 }
 
 // hookBatches is how many times BPF programs are counted. The least counts: a timer's tick that falls into a program is no part of it.
@@ -344,7 +350,7 @@ func (g *counting) record(scenario, target string) results.Record {
 // skip writes that there is nothing to count.
 func (g *counting) skip(why string) error {
 	for _, r := range g.bench.skips(g.rung, g.cell.Name, why) {
-		if err := g.write(r); err != nil {
+		if err := g.write(line{Record: r}); err != nil {
 			return err
 		}
 	}

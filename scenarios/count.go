@@ -55,6 +55,10 @@ func Count(ctx context.Context, plan Plan, provider clusters.Provider, guests Gu
 		return err
 	}
 	defer func() { err = errors.Join(err, writer.Close()) }()
+	if c.bench.samples, err = createSamples(plan.Out, CountsFile); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, c.bench.samples.close()) }()
 	if err := c.run(ctx, side, writer); err != nil {
 		return err
 	}
@@ -94,9 +98,9 @@ func (c *sweep) cells() (all []Cell) {
 // run does the cells side by side and writes their records in the cells' order, each as soon as those before are there.
 func (c *sweep) run(ctx context.Context, side int, writer *results.Writer) error {
 	cells := c.cells()
-	done := make([]chan []results.Record, len(cells))
+	done := make([]chan []line, len(cells))
 	for i := range done {
-		done[i] = make(chan []results.Record, 1)
+		done[i] = make(chan []line, 1)
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	next := make(chan int)
@@ -114,11 +118,11 @@ func (c *sweep) run(ctx context.Context, side int, writer *results.Writer) error
 	for range side {
 		group.Go(func() error {
 			for i := range next {
-				records, err := c.do(ctx, cells[i])
+				lines, err := c.do(ctx, cells[i])
 				if err != nil {
 					return err
 				}
-				done[i] <- records
+				done[i] <- lines
 			}
 			return nil
 		})
@@ -127,9 +131,9 @@ func (c *sweep) run(ctx context.Context, side int, writer *results.Writer) error
 		for i, cell := range cells {
 			c.bench.report.Progress(i, len(cells), fmt.Sprintf("%d Services, %s", cell.Services, cell.Mode))
 			select {
-			case records := <-done[i]:
-				for _, r := range records {
-					if err := writer.Append(r); err != nil {
+			case lines := <-done[i]:
+				for _, l := range lines {
+					if err := errors.Join(writer.Append(l.Record), c.bench.samples.appendCounts(l)); err != nil {
 						return err
 					}
 				}
@@ -143,7 +147,7 @@ func (c *sweep) run(ctx context.Context, side int, writer *results.Writer) error
 }
 
 // do has a guest do a cell. One that is late gives rows that say so.
-func (c *sweep) do(ctx context.Context, cell Cell) (records []results.Record, err error) {
+func (c *sweep) do(ctx context.Context, cell Cell) (lines []line, err error) {
 	job, err := json.Marshal(cell)
 	if err != nil {
 		return nil, err
@@ -152,12 +156,12 @@ func (c *sweep) do(ctx context.Context, cell Cell) (records []results.Record, er
 	began := time.Now()
 	text, err := c.guests.Run(ctx, filepath.Join(c.bench.plan.Out, "logs", name), cell.Seed, job)
 	if errors.Is(err, clusters.ErrNotSupported) {
-		return c.bench.skips(&rung{services: cell.Services}, cell.Name, reason(err)), nil
+		return c.skips(cell, reason(err)), nil
 	}
 	if errors.Is(err, clusters.ErrLate) {
 		c.bench.report.Warn(fmt.Sprintf("%s: %v", name, err))
 		why, _, _ := strings.Cut(err.Error(), "\n")
-		return c.bench.skips(&rung{services: cell.Services}, cell.Name, why), nil
+		return c.skips(cell, why), nil
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
@@ -165,11 +169,19 @@ func (c *sweep) do(ctx context.Context, cell Cell) (records []results.Record, er
 	c.bench.report.Step(fmt.Sprintf("%s: done in %.0f s", name, time.Since(began).Seconds()))
 	d := json.NewDecoder(bytes.NewReader(text))
 	for d.More() {
-		var r results.Record
-		if err := d.Decode(&r); err != nil {
+		var l line
+		if err := d.Decode(&l); err != nil {
 			return nil, fmt.Errorf("%s: records: %w", name, err)
 		}
-		records = append(records, r)
+		lines = append(lines, l)
 	}
-	return records, nil
+	return lines, nil
+}
+
+// skips are a cell's lines where there is nothing to count.
+func (c *sweep) skips(cell Cell, why string) (lines []line) {
+	for _, r := range c.bench.skips(&rung{services: cell.Services}, cell.Name, why) {
+		lines = append(lines, line{Record: r})
+	}
+	return lines
 }

@@ -140,7 +140,7 @@ func Run(ctx context.Context, plan Plan, provider clusters.Provider, env results
 		return err
 	}
 	defer func() { err = errors.Join(err, b.writer.Close()) }()
-	if b.samples, err = createSamples(plan.Out); err != nil {
+	if b.samples, err = createSamples(plan.Out, SamplesFile); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, b.samples.close()) }()
