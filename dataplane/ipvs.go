@@ -50,15 +50,15 @@ func (m ipvs) Spec(s Settings) clusters.ProxySpec {
 	return clusters.ProxySpec{Name: m.Name(), KubeProxy: "ipvs", IPTables: "nft", MinSyncPeriod: s.minSyncPeriod()}
 }
 
-// getInfo is IP_VS_SO_GET_INFO of the kernel's include/uapi/linux/ip_vs.h, and info the struct ip_vs_getinfo that it answers.
-const getInfo = 64 + 1024 + 64 + 1
+// getIPVSInfo is IP_VS_SO_GET_INFO of the kernel's include/uapi/linux/ip_vs.h, and ipvsInfo the struct ip_vs_getinfo that it answers.
+const getIPVSInfo = 64 + 1024 + 64 + 1
 
-type info struct{ version, connectionTable, services uint32 }
+type ipvsInfo struct{ version, connectionTable, services uint32 }
 
-// Programmed is how many virtual servers the kernel says that it has. It does not read them: at tens of thousands that takes as long as
+// Programmed is how many virtual servers of IPv4 the kernel says that it has. It does not read them: at tens of thousands that takes as long as
 // kube-proxy's own work for hundreds, and is asked many times while kube-proxy is at it.
 func (ipvs) Programmed(_ context.Context, site clusters.Site) (int, error) {
-	var answer info
+	var answer ipvsInfo
 	err := site.Enter(func() error {
 		socket, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
 		if err != nil {
@@ -66,7 +66,7 @@ func (ipvs) Programmed(_ context.Context, site clusters.Site) (int, error) {
 		}
 		defer unix.Close(socket)
 		size := uint32(unsafe.Sizeof(answer))
-		_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(socket), unix.IPPROTO_IP, getInfo, uintptr(unsafe.Pointer(&answer)), uintptr(unsafe.Pointer(&size)), 0)
+		_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(socket), unix.IPPROTO_IP, getIPVSInfo, uintptr(unsafe.Pointer(&answer)), uintptr(unsafe.Pointer(&size)), 0)
 		if errno != 0 {
 			return fmt.Errorf("how many virtual servers IPVS has: %w", errno)
 		}
