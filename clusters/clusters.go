@@ -86,8 +86,30 @@ type Plan struct {
 	Static bool
 	// Retain keeps what was made when Create fails, and at Close, and says how to enter it.
 	Retain bool
+	// Workers is how many workers a kind cluster has where one site is alone in it; the site is on the first. 0 is one.
+	Workers int
 	// Progress is told what is being done; nil is silent.
 	Progress func(string)
+}
+
+// A Testable is a Cluster that Kubernetes' own tests can be run against.
+type Testable interface {
+	Cluster
+	// LoadImage puts the image of a docker archive into all nodes, under names beside its own.
+	LoadImage(ctx context.Context, archive, image string, names []string) error
+	// Administrator is the kubeconfig file of one, and kubectl the file of such a program. Both are for what Start starts.
+	Administrator() (kubeconfig, kubectl string)
+	// Start starts a program of this host in the network namespace of the control plane's node, from where all nodes are reached. It
+	// ends with the cluster. log receives what it says.
+	Start(name string, argv, env []string, log string) (TestProcess, error)
+}
+
+// A TestProcess is a program that [Testable.Start] started.
+type TestProcess interface {
+	// Done is closed when it has ended.
+	Done() <-chan struct{}
+	// Close ends it and waits for it.
+	Close(ctx context.Context) error
 }
 
 // A Cluster is what a provider opened.

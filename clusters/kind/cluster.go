@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -28,6 +29,7 @@ import (
 	"sigs.k8s.io/kind/pkg/apis/config/v1alpha4"
 	kindcluster "sigs.k8s.io/kind/pkg/cluster"
 	"sigs.k8s.io/kind/pkg/cluster/nodes"
+	"sigs.k8s.io/kind/pkg/cluster/nodeutils"
 	"sigs.k8s.io/kind/pkg/exec"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
@@ -42,6 +44,7 @@ type cluster struct {
 	last    bool
 	control *node
 	sites   []*site
+	others  []*node // workers without a site
 	rest    *rest.Config
 	client  kubernetes.Interface
 	// kubernetes is the version that the API server says.
@@ -164,15 +167,17 @@ func (c *cluster) enter(ctx context.Context) error {
 		}
 		if n.name == c.controlName() {
 			c.control = n
+			continue
 		}
-		for i, s := range c.sites {
-			if n.name == c.workerName(i) {
-				s.node = n
-			}
+		at := slices.IndexFunc(c.sites, func(s *site) bool { return s.node == nil && c.workerName(slices.Index(c.sites, s)) == n.name })
+		if at >= 0 {
+			c.sites[at].node = n
+		} else {
+			c.others = append(c.others, n)
 		}
 	}
-	if found := c.nodes(); len(found) != len(c.sites)+1 {
-		return fmt.Errorf("kind made other nodes than a control plane and %d workers: %v", len(c.sites), list)
+	if workers := max(len(c.sites), c.world.plan.Workers); c.control == nil || len(c.nodes()) != workers+1 {
+		return fmt.Errorf("kind made other nodes than a control plane and %d workers: %v", workers, list)
 	}
 	go c.watch()
 	return nil
@@ -222,6 +227,9 @@ func (w *world) enterNode(ctx context.Context, k nodes.Node) (*node, error) {
 func (c *cluster) connect(ctx context.Context, kubeconfig string) error {
 	config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
 	if err != nil {
+		return err
+	}
+	if err := c.writeControlKubeconfig(kubeconfig); err != nil {
 		return err
 	}
 	config.Host = "https://127.0.0.1:6443"
@@ -389,5 +397,52 @@ func (c *cluster) nodes() []*node {
 			all = append(all, s.node)
 		}
 	}
-	return all
+	return append(all, c.others...)
+}
+
+var _ clusters.Testable = (*cluster)(nil)
+
+// controlKubeconfig is a kubeconfig file for who is in the network namespace of the control plane's node.
+const controlKubeconfig = "kubeconfig-control"
+
+func (c *cluster) Administrator() (kubeconfig, kubectl string) {
+	return filepath.Join(c.world.plan.Dir, c.name, controlKubeconfig), fmt.Sprintf("/proc/%d/root/usr/bin/kubectl", c.control.pid)
+}
+
+// writeControlKubeconfig has the kubeconfig of kind, which reaches the API server through a port of the engine's, reach it where it listens.
+func (c *cluster) writeControlKubeconfig(kubeconfig string) error {
+	config, err := clientcmd.LoadFromFile(kubeconfig)
+	if err != nil {
+		return err
+	}
+	for _, entry := range config.Clusters {
+		entry.Server = "https://127.0.0.1:6443"
+	}
+	file, _ := c.Administrator()
+	return clientcmd.WriteToFile(*config, file)
+}
+
+func (c *cluster) Start(name string, argv, env []string, log string) (clusters.TestProcess, error) {
+	group, err := c.world.run.Cgroup.Child(c.name + "-" + name)
+	if err != nil {
+		return nil, err
+	}
+	return c.world.run.Start(host.Command{Name: name, Argv: argv, Env: env, NetNS: c.control.ns, Cgroup: group, Log: log})
+}
+
+func (c *cluster) LoadImage(ctx context.Context, archive, image string, names []string) error {
+	for _, n := range c.nodes() {
+		f, err := os.Open(archive)
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(nodeutils.LoadImageArchive(n.kind, f), f.Close()); err != nil {
+			return fmt.Errorf("load %s into %s: %w", archive, n.name, explain(err))
+		}
+		tag := append([]string{"--namespace=k8s.io", "images", "tag", "--force", image}, names...)
+		if err := n.kind.CommandContext(ctx, "ctr", tag...).Run(); err != nil {
+			return fmt.Errorf("name the image %s on %s: %w", image, n.name, explain(err))
+		}
+	}
+	return nil
 }

@@ -44,7 +44,7 @@ func (w *world) config(name string, specs []clusters.ProxySpec) (*v1alpha4.Clust
 		config.KubeadmConfigPatchesJSON6902 = append(slices.Clip(config.KubeadmConfigPatchesJSON6902), laterDNS...)
 	}
 	config.Nodes = []v1alpha4.Node{{Role: v1alpha4.ControlPlaneRole, Image: w.image}}
-	for range specs {
+	for range max(len(specs), w.plan.Workers) {
 		config.Nodes = append(config.Nodes, v1alpha4.Node{Role: v1alpha4.WorkerRole, Image: w.image})
 	}
 	return config, nil

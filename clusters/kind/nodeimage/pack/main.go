@@ -3,7 +3,7 @@
 // Pack writes container images as docker archives, without an engine: a few files, or whole layers that are tar files already.
 //
 // Each image is an argument "NAME,KEY=VALUE,…" with the keys base (the tar file of a first layer), layer (a further one), file
-// (DEST:SOURCE, a file of mode 755), entrypoint (words between blanks) and env (NAME:VALUE), each as often as is needed.
+// (DEST:SOURCE, a file of mode 755), entrypoint and cmd (words between blanks) and env (NAME:VALUE), each as often as is needed.
 package main
 
 import (
@@ -98,6 +98,8 @@ func parse(words string) (name.Reference, v1.Image, error) {
 			}
 		case "entrypoint":
 			config.Entrypoint = strings.Fields(value)
+		case "cmd":
+			config.Cmd = strings.Fields(value)
 		case "env":
 			config.Env = append(config.Env, strings.Replace(value, ":", "=", 1))
 		case "stopsignal":
