@@ -34,7 +34,7 @@ BINARIES := bin/kube-apiserver bin/kube-proxy bin/etcd
 
 .PHONY: help
 help: ## print this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo '  make bench PROFILE=quick           a first picture; PROFILE=default|full climb higher'
 	@echo '  make bench OUT=DIR ARGS="--seed 2" results go to DIR; ARGS are flags of plimsoll run'
@@ -46,7 +46,7 @@ bench: go-version $(if $(filter guest,$(PROVIDER)),,root) bin/plimsoll $(if $(fi
 	@$(if $(filter guest,$(PROVIDER)),,$(SUDO)) bin/plimsoll run --provider '$(PROVIDER)' --profile '$(PROFILE)' --cache '$(CACHE)' $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 .PHONY: test
-test: go-version root bin/plimsoll packages $(BINARIES) kind-parts guest-parts ## set up, then run every test, as root: most of them need a kernel
+test: go-version root bin/plimsoll packages $(BINARIES) kind-parts bin/e2e.test bin/ginkgo guest-parts ## set up, then run every test, as root: most of them need a kernel
 	@# One package at a time: tests that load rules and measure would disturb each other. Kernels change without
 	@# Go noticing, so no result is taken from the cache.
 	$(GO) test -p 1 -count 1 -timeout 25m $(TESTFLAGS) $(if $(SUDO),-exec "sudo env PATH=$$PATH CI=$(CI)") ./...
@@ -60,6 +60,14 @@ figures: go-version root bin/plimsoll packages $(BINARIES) ## measure the load b
 .PHONY: accept
 accept: go-version bin/plimsoll guest-parts $(BINARIES) ## count instructions in guests, and accept the counts that tests hold later ones to
 	@bin/plimsoll accept --cache '$(CACHE)' $(ARGS)
+
+MODES ?= iptables,nftables,ebpf
+FOCUS ?=
+SLOW ?=
+
+.PHONY: e2e
+e2e: go-version root bin/plimsoll packages kind-engine node-image e2e-parts ## run Kubernetes' own tests of Services in each mode, on kind [MODES=iptables,nftables,ebpf] [FOCUS=REGEXP] [SLOW=1] [OUT=DIR] [ARGS=…]
+	@$(SUDO) bin/plimsoll e2e --modes '$(MODES)' --cache '$(CACHE)' $(if $(FOCUS),--focus '$(FOCUS)') $(if $(SLOW),--slow) $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 .PHONY: race
 race: go-version root bin/plimsoll ## run the tests of packages that need no kernel under the race detector
@@ -134,10 +142,20 @@ root:
 packages: bin/plimsoll
 	$(INSTALL)
 
+# Kubernetes' specs, what runs them, and the images of their pods.
+.PHONY: e2e-parts
+e2e-parts: bin/e2e.test bin/ginkgo e2e-image
+
+.PHONY: e2e-image
+e2e-image: go-version root bin/plimsoll
+	$(INSTALL) --with node-image
+	@$(SUDO) env PATH="$$PATH" GOPATH="$$($(GO) env GOPATH)" GOCACHE="$$($(GO) env GOCACHE)" GOFLAGS='$(GOFLAGS)' \
+	$(MAKE) --no-print-directory -C clusters/kind/nodeimage e2e GO='$(GO)' CACHE='$(CACHE)'
+
 # The tests of kind start an engine by themselves, where there is none and one can be had.
 .PHONY: kind-parts
 kind-parts:
-	@$(MAKE) --no-print-directory node-image || echo 'there is no node image: the tests of kind will be skipped'
+	@$(MAKE) --no-print-directory node-image e2e-image || echo 'there is no node image: the tests of kind will be skipped'
 
 .PHONY: guest-parts
 guest-parts: bin/plimsoll
@@ -172,6 +190,15 @@ bin/kube-apiserver bin/kube-proxy: bin/.key
 	stamp=k8s.io/component-base/version; \
 	$(GO) build -trimpath -ldflags "-s -w -X $$stamp.gitVersion=$$version -X $$stamp.gitMajor=$$major -X $$stamp.gitMinor=$$minor \
 	-X $$stamp.gitTreeState=archive -X $$stamp.gitCommit=unknown" -o $@ k8s.io/kubernetes/cmd/$(@F)
+	@touch $@
+
+bin/e2e.test: bin/.key $(wildcard scenarios/e2e/*.go scenarios/e2e/specs/*.go)
+	@echo "building Kubernetes' specs (a few minutes on two processors)"
+	@$(GO) test -c -tags e2e -trimpath -ldflags "-s -w" -o $@ ./scenarios/e2e/specs
+	@touch $@
+
+bin/ginkgo: bin/.key
+	@$(GO) build -trimpath -ldflags "-s -w" -o $@ github.com/onsi/ginkgo/v2/ginkgo
 	@touch $@
 
 bin/etcd: bin/.key

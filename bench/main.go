@@ -89,7 +89,7 @@ func run(ctx context.Context, stdout, stderr io.Writer, args []string) error {
 		Args:          cobra.NoArgs,
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	root.AddCommand(newRunCommand(), newReportCommand(), newCompareCommand(), newAcceptCommand(), newListCommand(), newDoctorCommand(), newCleanCommand(),
+	root.AddCommand(newRunCommand(), newReportCommand(), newCompareCommand(), newAcceptCommand(), newE2ECommand(), newListCommand(), newDoctorCommand(), newCleanCommand(),
 		newAgentCommand(), newStatusCommand(), newDumpCommand(), newEngineCommand(), newEngineHoldCommand(), newPodServerCommand(), newPodClientCommand(), newPodWaitCommand())
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetOut(stdout)

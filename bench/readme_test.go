@@ -261,7 +261,7 @@ func (c commandChecker) plimsoll(args []string) error {
 
 // subcommands are those that the program shows; a test holds them against its help.
 func subcommands() []*cobra.Command {
-	return []*cobra.Command{newRunCommand(), newReportCommand(), newCompareCommand(), newListCommand(), newDoctorCommand(), newCleanCommand(), newAgentCommand(), newStatusCommand(), newDumpCommand(), newEngineCommand(), newAcceptCommand()}
+	return []*cobra.Command{newRunCommand(), newReportCommand(), newCompareCommand(), newListCommand(), newDoctorCommand(), newCleanCommand(), newAgentCommand(), newStatusCommand(), newDumpCommand(), newEngineCommand(), newAcceptCommand(), newE2ECommand()}
 }
 
 // make checks targets and variables; those of make bench become flags of plimsoll run, as in the Makefile.

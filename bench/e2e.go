@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+	"runtime"
+
+	"github.com/spf13/cobra"
+
+	"github.com/plimsoll-bench/plimsoll/clusters/kind"
+	"github.com/plimsoll-bench/plimsoll/dataplane"
+	"github.com/plimsoll-bench/plimsoll/results"
+	"github.com/plimsoll-bench/plimsoll/scenarios/e2e"
+)
+
+func newE2ECommand() *cobra.Command {
+	plan := e2e.Plan{Modes: []string{"iptables", "nftables", "ebpf"}, Runs: 1, Processes: 2 * runtime.NumCPU()}
+	cmd := &cobra.Command{
+		Use:   "e2e",
+		Short: "run Kubernetes' own tests of Services against kind clusters of each mode, and put the outcomes side by side",
+		Long: "E2e makes a kind cluster with two workers for each mode, one after another, runs the specs of Kubernetes' end-to-end tests there that\n" +
+			"test Services, and writes " + e2e.TableFile + " and a page with the table side by side. Given the folder of a run that was cut off, it does what\n" +
+			"is left. make e2e builds what it needs.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return runE2E(cmd.Context(), plan, cmd.OutOrStdout(), cmd.ErrOrStderr())
+		},
+	}
+	f := cmd.Flags()
+	f.StringSliceVar(&plan.Modes, "modes", plan.Modes, "modes to test")
+	f.StringVar(&plan.Focus, "focus", "", "regular expression of the names of specs (default those that test Services)")
+	f.BoolVar(&plan.Slow, "slow", false, "add specs that are slow, and those that disturb a cluster")
+	f.IntVar(&plan.Runs, "runs", plan.Runs, "how many times each spec is run in each mode")
+	f.IntVar(&plan.Processes, "processes", plan.Processes, "specs that run at a time, where they may")
+	f.StringVar(&plan.Out, "out", "", "folder for the results, or of a run that was cut off (default results/runs/e2e)")
+	f.StringVar(&plan.Bin, "bin", "", "folder with e2e.test and ginkgo (default the one that this program lies in)")
+	f.StringVar(&plan.Cache, "cache", "", "folder of the images (default the user's cache)")
+	f.StringVar(&plan.NodeImage, "node-image", "", "image of kind's nodes (default kind's own pinned one; what make node-image made on the engine of make kind-engine)")
+	return cmd
+}
+
+func runE2E(ctx context.Context, plan e2e.Plan, stdout, stderr io.Writer) (err error) {
+	for _, name := range plan.Modes {
+		mode, err := dataplane.Find(name)
+		if err != nil {
+			return err
+		}
+		if mode.Floor() == "" {
+			return fmt.Errorf("--modes: nothing carries Services in mode %s", name)
+		}
+	}
+	if plan.Runs < 1 || plan.Processes < 1 {
+		return errors.New("--runs and --processes are at least 1")
+	}
+	if plan.Bin == "" {
+		if plan.Bin, err = binaries(); err != nil {
+			return err
+		}
+	}
+	if plan.Cache == "" {
+		if plan.Cache, err = cacheDir(); err != nil {
+			return err
+		}
+	}
+	if plan.Out == "" {
+		plan.Out = filepath.Join("results", "runs", "e2e")
+	}
+	if err := results.MakeDir(plan.Out); err != nil {
+		return fmt.Errorf("--out: %w", err)
+	}
+	progress, err := newProgress(stderr, filepath.Join(plan.Out, "log.txt"))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, progress.close()) }()
+	if err := e2e.Run(ctx, plan, kind.Provider{}, progress); err != nil {
+		return err
+	}
+	fmt.Fprintln(stdout, filepath.Join(plan.Out, e2e.PageFile))
+	return giveBack(plan.Out)
+}

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"encoding/csv"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"github.com/plimsoll-bench/plimsoll/clusters/kind/kindtest"
+	"github.com/plimsoll-bench/plimsoll/scenarios/e2e"
+)
+
+// someSpecs are a dozen of those by which Kubernetes tests Services, quick ones of each kind.
+const someSpecs = `Services should (serve (a basic endpoint|endpoints on same port and different protocols|multiport)|be rejected when|allow pods to hairpin|have session affinity work|` +
+	`be able to create a functioning NodePort|respect internalTrafficPolicy=Local Pod to Pod|preserve source pod IP|support externalTrafficPolicy=Local|fallback to local terminating)`
+
+// The embedded load balancer passes Kubernetes' own tests of Services.
+func TestE2E(t *testing.T) {
+	bin, err := filepath.Abs("../bin")
+	if err != nil {
+		t.Fatal(err)
+	}
+	program := filepath.Join(bin, "plimsoll") // pods run it, too
+	_, cache := kindtest.Engine(t, program)
+	if err := e2e.Parts(bin, cache); err != nil {
+		t.Skip(err)
+	}
+	out := filepath.Join(t.TempDir(), "out")
+	if said, err := exec.Command(program, "e2e", "--modes", "ebpf", "--focus", someSpecs, "--cache", cache, "--out", out).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, said)
+	}
+	f, err := os.Open(filepath.Join(out, e2e.TableFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	rows, err := csv.NewReader(f).ReadAll()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range rows[1:] {
+		if e2e.Outcome(r[3]) != e2e.Passed {
+			t.Errorf("%s: %s: %s", r[0], r[3], r[5])
+		}
+	}
+	if passed := len(rows) - 1; passed < 12 {
+		t.Errorf("%d specs were run, want a dozen: %v", passed, rows)
+	}
+}

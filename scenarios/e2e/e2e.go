@@ -1,0 +1,453 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package e2e runs Kubernetes' own end-to-end tests of Services against clusters of each mode, and puts what came of them side by side.
+package e2e
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/onsi/ginkgo/v2/types"
+	"golang.org/x/sys/unix"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/dataplane"
+)
+
+// An Outcome is how a spec ended.
+type Outcome string
+
+const (
+	Passed  Outcome = "passed"
+	Failed  Outcome = "failed"
+	Skipped Outcome = "skipped"
+)
+
+// A Spec is one test that has ended.
+type Spec struct {
+	// Name is the whole text of the spec, as Kubernetes' focus matches it.
+	Name    string  `json:"name"`
+	Outcome Outcome `json:"outcome"`
+	Seconds float64 `json:"seconds"`
+	// Reason is why it was skipped or failed.
+	Reason string `json:"reason,omitempty"`
+}
+
+// A Plan says what is to be tested, and where.
+type Plan struct {
+	// Modes are those whose clusters are made, one after another.
+	Modes []string
+	// Focus is a regular expression of specs' names; empty is all that test Services.
+	Focus string
+	// Slow adds the specs that are slow, and those that disturb a cluster.
+	Slow bool
+	// Runs is how many times each mode's specs are run, in one cluster.
+	Runs int
+	// Processes is how many specs run at a time, where they may.
+	Processes int
+	// Out is the folder for the results. What a run there that was cut off has finished is not done again.
+	Out string
+	// Bin is the folder with the programs, Cache that of what takes long to build.
+	Bin, Cache string
+	// NodeImage is that of kind's nodes; empty for the provider's choice.
+	NodeImage string
+}
+
+// ServicesFocus are the specs that test Services.
+const ServicesFocus = `\[sig-network\] (Services |Networking Granular Checks: Services|Conntrack|KubeProxy|Traffic Distribution|\[Feature:IPv6DualStack\]|.*IPv6)`
+
+// slow are the specs that Plan.Slow adds.
+var slow = regexp.MustCompile(`\[(Slow|Disruptive)\]`)
+
+// impossible are specs that no cluster of these can pass, and why.
+var impossible = []struct {
+	name *regexp.Regexp
+	why  string
+}{
+	{regexp.MustCompile(`\[Feature:LoadBalancer\]|LoadBalancer[ /]ESIPP|\[Feature:ServiceLoadBalancer\]|GCE|\[Feature:NEG\]`), "needs a cloud's load balancer"},
+	{regexp.MustCompile(`\[Feature:IPv6DualStack`), "the cluster has one IP family"},
+	{regexp.MustCompile(`\[Feature:(Networking-IPv6|NoSNAT|Networking-DNS)`), "wants a network with a way out"},
+	{regexp.MustCompile(`\[Feature:[^\]]*Alpha|\[Alpha\]`), "an alpha feature, which is off"},
+}
+
+// An image is a container image of the archive that `make e2e-parts` makes, and what specs call images that it can stand for.
+type image struct {
+	name  string
+	means *regexp.Regexp
+}
+
+// images are those of the archive. Specs that want busybox or pause find there what they call.
+var images = []image{
+	{"localhost/plimsoll-e2e:agnhost", regexp.MustCompile(`e2e-test-images-(agnhost|busybox)-|-pause-`)},
+	{"localhost/plimsoll-e2e:regression-issue-74839", regexp.MustCompile(`regression-issue-74839`)},
+}
+
+// The parts, which `make e2e-parts` makes.
+const (
+	suiteFile   = "e2e.test"                     // in Plan.Bin
+	ginkgoFile  = "ginkgo"                       // in Plan.Bin
+	archiveFile = "e2e.tar"                      // in Plan.Cache
+	repository  = "localhost/plimsoll-e2e/specs" // that specs are told to take images from
+)
+
+// endedFile has a line for each spec that has ended.
+const endedFile = "ended.jsonl"
+
+// A Reporter is told of the run.
+type Reporter interface {
+	Step(what string)
+	Progress(done, total int, what string)
+}
+
+// Run makes a cluster of each mode, has the specs run there, and writes the results' files after each.
+func Run(ctx context.Context, plan Plan, provider clusters.Provider, report Reporter) error {
+	if err := Parts(plan.Bin, plan.Cache); err != nil {
+		return err
+	}
+	s := &suite{plan: plan, provider: provider, report: report}
+	if err := s.choose(ctx); err != nil {
+		return err
+	}
+	for _, name := range plan.Modes {
+		mode, err := dataplane.Find(name)
+		if err != nil {
+			return err
+		}
+		if err := s.test(ctx, mode); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		if err := s.write(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Parts says what of what a run needs is not there, in bin, the folder of programs, and in cache.
+func Parts(bin, cache string) error {
+	for _, part := range []string{filepath.Join(bin, suiteFile), filepath.Join(bin, ginkgoFile), filepath.Join(cache, archiveFile)} {
+		if _, err := os.Stat(part); err != nil {
+			return fmt.Errorf("%w: make e2e-parts makes it", err)
+		}
+	}
+	return nil
+}
+
+// A suite is a Run at work.
+type suite struct {
+	plan     Plan
+	provider clusters.Provider
+	report   Reporter
+	// chosen are the specs to be run, and left those that are in the focus and cannot be, with the reason. Sorted.
+	chosen []string
+	left   []Spec
+	// started counts what was started in clusters.
+	started int
+}
+
+// listed is a spec's name in what the suite lists: after the file and line where it stands.
+var listed = regexp.MustCompile(`(?m)^\s*(?:\S+\.go:\d+: )?(\[sig-.*)$`)
+
+// choose asks the suite for its specs.
+func (s *suite) choose(ctx context.Context) error {
+	focus := s.plan.Focus
+	if focus == "" {
+		focus = ServicesFocus
+	}
+	wanted, err := regexp.Compile(focus)
+	if err != nil {
+		return fmt.Errorf("--focus: %w", err)
+	}
+	out, err := s.ask(ctx, "--list-tests")
+	if err != nil {
+		return err
+	}
+	for _, m := range listed.FindAllSubmatch(out, -1) {
+		name := strings.TrimSpace(string(m[1]))
+		if !wanted.MatchString(name) || !s.plan.Slow && slow.MatchString(name) {
+			continue
+		}
+		if why := cannot(name); why != "" {
+			s.left = append(s.left, Spec{Name: name, Outcome: Skipped, Reason: why})
+		} else {
+			s.chosen = append(s.chosen, name)
+		}
+	}
+	slices.Sort(s.chosen)
+	s.chosen = slices.Compact(s.chosen)
+	if len(s.chosen) == 0 {
+		return fmt.Errorf("no spec has a name that matches %q", focus)
+	}
+	return nil
+}
+
+// cannot says why a spec is none that the clusters here can pass; empty where they can.
+func cannot(name string) string {
+	for _, i := range impossible {
+		if i.name.MatchString(name) {
+			return i.why
+		}
+	}
+	if strings.Contains(name, "[Feature:SCTPConnectivity]") && !hasSCTP() {
+		return "the kernel has no SCTP"
+	}
+	return ""
+}
+
+// hasSCTP tells whether the kernel, which is the nodes' too, has SCTP.
+func hasSCTP() bool {
+	socket, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, unix.IPPROTO_SCTP)
+	if err != nil {
+		return false
+	}
+	unix.Close(socket)
+	return true
+}
+
+// environment has the suite take images from a repository that no registry has.
+func environment() []string { return append(os.Environ(), "KUBE_TEST_REPO="+repository) }
+
+// ask runs the suite with a flag that makes it tell something and end.
+func (s *suite) ask(ctx context.Context, flag string) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, filepath.Join(s.plan.Bin, suiteFile), flag)
+	cmd.Env = environment()
+	out, err := cmd.Output()
+	if err != nil {
+		return nil, fmt.Errorf("%s %s: %w", suiteFile, flag, err)
+	}
+	return out, nil
+}
+
+// dir is a mode's folder of one run.
+func (s *suite) dir(mode string, run int) string {
+	return filepath.Join(s.plan.Out, mode, strconv.Itoa(run))
+}
+
+// todo are the chosen specs that have not ended in a mode's run.
+func (s *suite) todo(mode string, run int) ([]string, error) {
+	ended, err := readEnded(filepath.Join(s.dir(mode, run), endedFile))
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(slices.Clone(s.chosen), func(name string) bool {
+		return slices.ContainsFunc(ended, func(e Spec) bool { return e.Name == name })
+	}), nil
+}
+
+// readEnded reads a file of specs. A last line that was cut off does not count.
+func readEnded(file string) ([]Spec, error) {
+	f, err := os.Open(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	var all []Spec
+	lines := bufio.NewScanner(f)
+	lines.Buffer(nil, 1<<24)
+	for lines.Scan() {
+		var one Spec
+		if json.Unmarshal(lines.Bytes(), &one) == nil {
+			all = append(all, one)
+		}
+	}
+	return all, lines.Err()
+}
+
+// test has a mode's specs run that have not.
+func (s *suite) test(ctx context.Context, mode dataplane.Mode) (err error) {
+	var runs []int
+	for run := 1; run <= s.plan.Runs; run++ {
+		todo, err := s.todo(mode.Name(), run)
+		if err != nil {
+			return err
+		}
+		if len(todo) > 0 {
+			runs = append(runs, run)
+		}
+	}
+	if len(runs) == 0 {
+		s.report.Step(mode.Name() + ": done before")
+		return nil
+	}
+	spec := mode.Spec(dataplane.Settings{ProxyDefaults: true})
+	made, err := s.provider.Create(ctx, clusters.Plan{
+		Name: "e2e-" + strconv.FormatInt(time.Now().Unix()%1e6, 36), Dir: filepath.Join(s.plan.Out, mode.Name(), "cluster"), Bin: s.plan.Bin, Cache: s.plan.Cache, NodeImage: s.plan.NodeImage,
+		Sites: []clusters.ProxySpec{spec}, Workers: 2, Progress: s.report.Step,
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, made[0].Close(context.WithoutCancel(ctx))) }()
+	if err := made[0].Sites()[0].Err(); err != nil {
+		return err
+	}
+	cluster, ok := made[0].(clusters.Testable)
+	if !ok {
+		return fmt.Errorf("Kubernetes' tests cannot be run against clusters of %s", s.provider.Name())
+	}
+	if err := s.loadImages(ctx, cluster); err != nil {
+		return err
+	}
+	for _, run := range runs {
+		if err := s.run(ctx, cluster, mode.Name(), run); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// loadImages puts the archive's images into a cluster under all names by which specs may ask for them.
+func (s *suite) loadImages(ctx context.Context, cluster clusters.Testable) error {
+	out, err := s.ask(ctx, "--list-images")
+	if err != nil {
+		return err
+	}
+	s.report.Step("loading the specs' images")
+	for _, i := range images {
+		var names []string
+		for name := range strings.FieldsSeq(string(out)) {
+			if strings.HasPrefix(name, repository) && i.means.MatchString(name) {
+				names = append(names, name)
+			}
+		}
+		if err := cluster.LoadImage(ctx, filepath.Join(s.plan.Cache, archiveFile), i.name, names); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// batch is how many specs are run before their outcomes are kept. The suite needs some 20 seconds to begin and end.
+const batch = 40
+
+// run has the specs run once that have not ended in this run.
+func (s *suite) run(ctx context.Context, cluster clusters.Testable, mode string, run int) error {
+	dir := s.dir(mode, run)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	todo, err := s.todo(mode, run)
+	if err != nil {
+		return err
+	}
+	began := time.Now()
+	for names := range slices.Chunk(todo, batch) {
+		s.report.Progress(slices.Index(s.chosen, names[0]), len(s.chosen), fmt.Sprintf("%s, run %d", mode, run))
+		ended, err := s.runBatch(ctx, cluster, dir, names)
+		if err != nil {
+			return err
+		}
+		if err := appendEnded(filepath.Join(dir, endedFile), ended); err != nil {
+			return err
+		}
+	}
+	s.report.Step(fmt.Sprintf("%s, run %d: %d specs in %v", mode, run, len(todo), time.Since(began).Round(time.Second)))
+	return nil
+}
+
+// reportFile is the suite's own report of a batch.
+const reportFile = "report.json"
+
+// runBatch has specs run, and returns how they ended: all of them.
+func (s *suite) runBatch(ctx context.Context, cluster clusters.Testable, dir string, names []string) ([]Spec, error) {
+	kubeconfig, kubectl := cluster.Administrator()
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, err
+	}
+	argv := []string{
+		filepath.Join(s.plan.Bin, ginkgoFile), "run", "--no-color", "--timeout=6h", "--silence-skips", "--keep-going", "--procs=" + strconv.Itoa(s.plan.Processes),
+		"--output-dir=" + dir, "--json-report=" + reportFile,
+	}
+	for _, name := range names {
+		argv = append(argv, "--focus= "+regexp.QuoteMeta(name)+"$") // after the suite's own name
+	}
+	argv = append(argv, filepath.Join(s.plan.Bin, suiteFile), "--", "--kubeconfig="+kubeconfig, "--kubectl-path="+kubectl, "--provider=skeleton", "--num-nodes=2")
+	log := filepath.Join(dir, "log.txt")
+	s.started++
+	process, err := cluster.Start(fmt.Sprintf("ginkgo-%d", s.started), argv, environment(), log)
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case <-ctx.Done():
+		return nil, errors.Join(context.Cause(ctx), process.Close(context.WithoutCancel(ctx)))
+	case <-process.Done():
+	}
+	b, err := os.ReadFile(filepath.Join(dir, reportFile))
+	if err != nil {
+		return nil, fmt.Errorf("the suite left no report, see %s: %w", log, err)
+	}
+	if err := os.Remove(filepath.Join(dir, reportFile)); err != nil { // the next batch's has the same name
+		return nil, err
+	}
+	ended, err := outcomes(b)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range names {
+		if !slices.ContainsFunc(ended, func(e Spec) bool { return e.Name == name }) {
+			return nil, fmt.Errorf("%q has not ended: see %s", name, log)
+		}
+	}
+	return ended, nil
+}
+
+// outcomes reads the report of Kubernetes' suite: what was run, and how it ended.
+func outcomes(report []byte) (ended []Spec, err error) {
+	var suites []types.Report
+	if err := json.Unmarshal(report, &suites); err != nil {
+		return nil, fmt.Errorf("the suite's report: %w", err)
+	}
+	for _, suite := range suites {
+		for _, r := range suite.SpecReports {
+			if r.LeafNodeType != types.NodeTypeIt || r.NumAttempts == 0 || r.State.Is(types.SpecStateInterrupted|types.SpecStateAborted) {
+				continue // not chosen, or not at its end
+			}
+			spec := Spec{Name: r.FullText(), Outcome: Failed, Seconds: r.RunTime.Seconds(), Reason: r.Failure.Message}
+			switch r.State {
+			case types.SpecStatePassed:
+				spec.Outcome = Passed
+			case types.SpecStateSkipped:
+				spec.Outcome = Skipped
+			}
+			ended = append(ended, spec)
+		}
+	}
+	return ended, nil
+}
+
+// appendEnded keeps what has ended.
+func appendEnded(file string, ended []Spec) error {
+	f, err := os.OpenFile(file, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	encoder := json.NewEncoder(f)
+	for _, e := range ended {
+		err = errors.Join(err, encoder.Encode(e))
+	}
+	return errors.Join(err, f.Close())
+}
+
+// oneLine is the first line of a reason.
+func oneLine(text string) string {
+	line, _, _ := bytes.Cut(bytes.TrimSpace([]byte(text)), []byte("\n"))
+	return string(line)
+}

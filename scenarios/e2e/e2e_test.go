@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"context"
+	"encoding/csv"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// A program in the suite's place lists these.
+const listing = `The following spec names can be used with 'ginkgo run --focus/skip':
+    test/e2e/network/service.go:784: [sig-network] Services should serve | a basic endpoint
+    test/e2e/network/service.go:799: [sig-network] Services should be rejected [Slow]
+    test/e2e/network/loadbalancer.go:99: [sig-network] Services should have a load balancer [Feature:LoadBalancer]
+    test/e2e/network/dns.go:12: [sig-network] DNS should provide DNS
+`
+
+func newSuite(t *testing.T, plan Plan) *suite {
+	t.Helper()
+	plan.Bin, plan.Out = t.TempDir(), t.TempDir()
+	script := "#!/bin/sh\ncat <<'END'\n" + listing + "END\n"
+	if err := os.WriteFile(filepath.Join(plan.Bin, suiteFile), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return &suite{plan: plan}
+}
+
+func TestChoose(t *testing.T) {
+	basic, rejected := "[sig-network] Services should serve | a basic endpoint", "[sig-network] Services should be rejected [Slow]"
+	for _, test := range []struct {
+		plan   Plan
+		chosen []string
+		left   int
+	}{
+		{Plan{}, []string{basic}, 1},
+		{Plan{Slow: true}, []string{rejected, basic}, 1},
+		{Plan{Focus: "DNS"}, []string{"[sig-network] DNS should provide DNS"}, 0},
+	} {
+		s := newSuite(t, test.plan)
+		if err := s.choose(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if !slices.Equal(s.chosen, test.chosen) || len(s.left) != test.left {
+			t.Errorf("%+v chooses %q and leaves %v", test.plan, s.chosen, s.left)
+		}
+	}
+	for _, focus := range []string{"(", "nothing is called so"} {
+		if err := newSuite(t, Plan{Focus: focus}).choose(context.Background()); err == nil {
+			t.Errorf("focus %q is no error", focus)
+		}
+	}
+}
+
+// What has ended stands in the table and is not done again; a line that was cut off is.
+func TestResume(t *testing.T) {
+	s := newSuite(t, Plan{Slow: true, Runs: 2, Modes: []string{"iptables", "ebpf"}})
+	if err := s.choose(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ended := func(mode, run, text string) {
+		t.Helper()
+		dir := filepath.Join(s.plan.Out, mode, run)
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, endedFile), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	passed := `{"name":"` + s.chosen[1] + `","outcome":"passed","seconds":2}` + "\n"
+	failed := `{"name":"` + s.chosen[1] + `","outcome":"failed","seconds":2,"reason":"no answer\nat all"}` + "\n"
+	ended("iptables", "1", passed)
+	ended("ebpf", "1", passed+`{"name":"`+s.chosen[0])
+	ended("ebpf", "2", failed)
+	for _, test := range []struct {
+		mode string
+		run  int
+		want int
+	}{{"iptables", 1, 1}, {"iptables", 2, 2}, {"ebpf", 1, 1}} {
+		if todo, err := s.todo(test.mode, test.run); err != nil || len(todo) != test.want {
+			t.Errorf("%s, run %d: left are %q (%v), want %d", test.mode, test.run, todo, err, test.want)
+		}
+	}
+	if err := s.write(); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(filepath.Join(s.plan.Out, TableFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	rows, err := csv.NewReader(f).ReadAll()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := []string{s.chosen[1], "ebpf", "2", "failed", "2.0", "no answer"}; !slices.ContainsFunc(rows, func(r []string) bool { return slices.Equal(r, want) }) {
+		t.Errorf("no row %q in %q", want, rows)
+	}
+	page, err := os.ReadFile(filepath.Join(s.plan.Out, PageFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{`serve \| a basic endpoint | passed | **1 of 2** | no answer |`, "| skipped | skipped | needs a cloud's load balancer |"} {
+		if !strings.Contains(string(page), want) {
+			t.Errorf("the page has no %q:\n%s", want, page)
+		}
+	}
+}
