@@ -299,7 +299,7 @@ func (s *suite) test(ctx context.Context, mode dataplane.Mode) (err error) {
 	}
 	cluster, ok := made[0].(clusters.Testable)
 	if !ok {
-		return fmt.Errorf("Kubernetes' tests cannot be run against clusters of %s", s.provider.Name())
+		return fmt.Errorf("clusters of %s are none that Kubernetes' tests can be run against", s.provider.Name())
 	}
 	if err := s.loadImages(ctx, cluster); err != nil {
 		return err
