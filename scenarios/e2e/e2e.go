@@ -66,8 +66,8 @@ type Plan struct {
 	NodeImage string
 }
 
-// ServicesFocus are the specs that test Services.
-const ServicesFocus = `\[sig-network\] (Services |Networking Granular Checks: Services|Conntrack|KubeProxy|Traffic Distribution|\[Feature:IPv6DualStack\]|.*IPv6)`
+// servicesFocus are the specs that test Services.
+const servicesFocus = `\[sig-network\] (Services |Networking Granular Checks: Services|Conntrack|KubeProxy|Traffic Distribution|\[Feature:IPv6DualStack\]|.*IPv6)`
 
 // slow are the specs that Plan.Slow adds.
 var slow = regexp.MustCompile(`\[(Slow|Disruptive)\]`)
@@ -165,7 +165,7 @@ var listed = regexp.MustCompile(`(?m)^\s*(?:\S+\.go:\d+: )?(\[sig-.*)$`)
 func (s *suite) choose(ctx context.Context) error {
 	focus := s.plan.Focus
 	if focus == "" {
-		focus = ServicesFocus
+		focus = servicesFocus
 	}
 	wanted, err := regexp.Compile(focus)
 	if err != nil {

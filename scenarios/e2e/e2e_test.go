@@ -5,11 +5,15 @@ package e2e
 import (
 	"context"
 	"encoding/csv"
+	"encoding/json"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/onsi/ginkgo/v2/types"
 )
 
 // A program in the suite's place lists these.
@@ -109,5 +113,37 @@ func TestResume(t *testing.T) {
 		if !strings.Contains(string(page), want) {
 			t.Errorf("the page has no %q:\n%s", want, page)
 		}
+	}
+}
+
+// What Ginkgo reports of specs that were run is kept, and nothing of others.
+func TestOutcomes(t *testing.T) {
+	spec := func(text string, state types.SpecState, attempts int, message string) types.SpecReport {
+		return types.SpecReport{
+			ContainerHierarchyTexts: []string{"[sig-network] Services"}, LeafNodeType: types.NodeTypeIt, LeafNodeText: text,
+			State: state, NumAttempts: attempts, RunTime: 1500 * time.Millisecond, Failure: types.Failure{Message: message},
+		}
+	}
+	report, err := json.Marshal([]types.Report{{SpecReports: []types.SpecReport{
+		{LeafNodeType: types.NodeTypeBeforeSuite, State: types.SpecStatePassed, NumAttempts: 1},
+		spec("a", types.SpecStatePassed, 1, ""), spec("b", types.SpecStateSkipped, 1, "needs two zones"), spec("c", types.SpecStateSkipped, 0, ""),
+		spec("d", types.SpecStatePanicked, 1, "nil map"), spec("e", types.SpecStateTimedout, 1, "late"), spec("f", types.SpecStateInterrupted, 1, "Ctrl-C"),
+	}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := outcomes(report)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []Spec{
+		{"[sig-network] Services a", Passed, 1.5, ""}, {"[sig-network] Services b", Skipped, 1.5, "needs two zones"},
+		{"[sig-network] Services d", Failed, 1.5, "nil map"}, {"[sig-network] Services e", Failed, 1.5, "late"},
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("outcomes are %+v, want %+v", got, want)
+	}
+	if _, err := outcomes([]byte("{")); err == nil {
+		t.Error("half a report is no error")
 	}
 }
