@@ -63,7 +63,7 @@ func (o *acceptOptions) run(ctx context.Context, stdout, stderr io.Writer) (err 
 			return err
 		}
 	}
-	if err := findFolders(&o.plan); err != nil {
+	if err := findFolders(&o.plan.Bin, &o.plan.Cache); err != nil {
 		return err
 	}
 	if o.plan.Out == "" {

@@ -57,15 +57,8 @@ func runE2E(ctx context.Context, plan e2e.Plan, stdout, stderr io.Writer) (err e
 	if plan.Runs < 1 || plan.Processes < 1 {
 		return errors.New("--runs and --processes are at least 1")
 	}
-	if plan.Bin == "" {
-		if plan.Bin, err = binaries(); err != nil {
-			return err
-		}
-	}
-	if plan.Cache == "" {
-		if plan.Cache, err = cacheDir(); err != nil {
-			return err
-		}
+	if err := findFolders(&plan.Bin, &plan.Cache); err != nil {
+		return err
 	}
 	if plan.Out == "" {
 		plan.Out = filepath.Join("results", "runs", "e2e")

@@ -3,8 +3,6 @@
 package main
 
 import (
-	"encoding/csv"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
@@ -32,15 +30,7 @@ func TestE2E(t *testing.T) {
 	if said, err := exec.Command(program, "e2e", "--modes", "ebpf", "--focus", someSpecs, "--cache", cache, "--out", out).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, said)
 	}
-	f, err := os.Open(filepath.Join(out, e2e.TableFile))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	rows, err := csv.NewReader(f).ReadAll()
-	if err != nil {
-		t.Fatal(err)
-	}
+	rows := mustReadCSV(t, filepath.Join(out, e2e.TableFile))
 	for _, r := range rows[1:] {
 		if e2e.Outcome(r[3]) != e2e.Passed {
 			t.Errorf("%s: %s: %s", r[0], r[3], r[5])

@@ -117,7 +117,7 @@ func (o *runOptions) complete(cmd *cobra.Command, args []string) error {
 	if err := o.readProvider(); err != nil {
 		return err
 	}
-	if err := findFolders(plan); err != nil {
+	if err := findFolders(&plan.Bin, &plan.Cache); err != nil {
 		return err
 	}
 	for _, name := range args {
@@ -184,14 +184,14 @@ func (o *runOptions) complete(cmd *cobra.Command, args []string) error {
 }
 
 // findFolders fills in the folders of programs and of the cache where none were given.
-func findFolders(plan *scenarios.Plan) (err error) {
-	if plan.Bin == "" {
-		if plan.Bin, err = binaries(); err != nil {
+func findFolders(bin, cache *string) (err error) {
+	if *bin == "" {
+		if *bin, err = binaries(); err != nil {
 			return err
 		}
 	}
-	if plan.Cache == "" {
-		plan.Cache, err = cacheDir()
+	if *cache == "" {
+		*cache, err = cacheDir()
 	}
 	return err
 }

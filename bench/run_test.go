@@ -86,15 +86,7 @@ func TestRunMeasuresEveryModeAndReports(t *testing.T) {
 		t.Errorf("standard error does not say where results go:\n%s", stderr)
 	}
 
-	f, err := os.Open(filepath.Join(dir, "results.csv"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	rows, err := csv.NewReader(f).ReadAll()
-	if err != nil {
-		t.Fatal(err)
-	}
+	rows := mustReadCSV(t, filepath.Join(dir, "results.csv"))
 	if got, want := strings.Join(rows[0], ","), "provider,kernel,mode,scenario,target,services,endpoints,round,metric,unit,value,count,errors,note"; got != want {
 		t.Errorf("results.csv begins with %s, want %s", got, want)
 	}
@@ -315,4 +307,19 @@ func TestListNamesEverything(t *testing.T) {
 			t.Errorf("list does not name %s:\n%s", word, stdout)
 		}
 	}
+}
+
+// mustReadCSV returns a table's rows, its head among them.
+func mustReadCSV(t *testing.T, file string) [][]string {
+	t.Helper()
+	f, err := os.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	rows, err := csv.NewReader(f).ReadAll()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rows
 }

@@ -13,7 +13,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -169,10 +168,13 @@ func (c *cluster) enter(ctx context.Context) error {
 			c.control = n
 			continue
 		}
-		at := slices.IndexFunc(c.sites, func(s *site) bool { return s.node == nil && c.workerName(slices.Index(c.sites, s)) == n.name })
-		if at >= 0 {
-			c.sites[at].node = n
-		} else {
+		alone := true
+		for i, s := range c.sites {
+			if n.name == c.workerName(i) {
+				s.node, alone = n, false
+			}
+		}
+		if alone {
 			c.others = append(c.others, n)
 		}
 	}
