@@ -95,8 +95,8 @@ type Plan struct {
 // A Testable is a Cluster that Kubernetes' own tests can be run against.
 type Testable interface {
 	Cluster
-	// LoadImage puts the image of a docker archive into all nodes, under names beside its own.
-	LoadImage(ctx context.Context, archive, image string, names []string) error
+	// LoadImages puts the images of a docker archive into all nodes, each under names beside its own.
+	LoadImages(ctx context.Context, archive string, names map[string][]string) error
 	// Administrator is the kubeconfig file of one, and kubectl the file of such a program. Both are for what Start starts.
 	Administrator() (kubeconfig, kubectl string)
 	// Start starts a program of this host in the network namespace of the control plane's node, from where all nodes are reached. It

@@ -28,7 +28,6 @@ import (
 	"sigs.k8s.io/kind/pkg/apis/config/v1alpha4"
 	kindcluster "sigs.k8s.io/kind/pkg/cluster"
 	"sigs.k8s.io/kind/pkg/cluster/nodes"
-	"sigs.k8s.io/kind/pkg/cluster/nodeutils"
 	"sigs.k8s.io/kind/pkg/exec"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
@@ -97,7 +96,7 @@ func (w *world) create(ctx context.Context, name string, specs []clusters.ProxyS
 		return c, err
 	}
 	for _, n := range c.nodes() {
-		if err := w.loadPodImage(ctx, n.kind); err != nil {
+		if err := loadArchive(n.kind, w.archive); err != nil {
 			return c, fmt.Errorf("load the image of the pods into %s: %w", n.name, err)
 		}
 	}
@@ -432,18 +431,16 @@ func (c *cluster) Start(name string, argv, env []string, log string) (clusters.T
 	return c.world.run.Start(host.Command{Name: name, Argv: argv, Env: env, NetNS: c.control.ns, Cgroup: group, Log: log})
 }
 
-func (c *cluster) LoadImage(ctx context.Context, archive, image string, names []string) error {
+func (c *cluster) LoadImages(ctx context.Context, archive string, names map[string][]string) error {
 	for _, n := range c.nodes() {
-		f, err := os.Open(archive)
-		if err != nil {
-			return err
-		}
-		if err := errors.Join(nodeutils.LoadImageArchive(n.kind, f), f.Close()); err != nil {
+		if err := loadArchive(n.kind, archive); err != nil {
 			return fmt.Errorf("load %s into %s: %w", archive, n.name, explain(err))
 		}
-		tag := append([]string{"--namespace=k8s.io", "images", "tag", "--force", image}, names...)
-		if err := n.kind.CommandContext(ctx, "ctr", tag...).Run(); err != nil {
-			return fmt.Errorf("name the image %s on %s: %w", image, n.name, explain(err))
+		for image, others := range names {
+			tag := append([]string{"--namespace=k8s.io", "images", "tag", "--force", image}, others...)
+			if err := n.kind.CommandContext(ctx, "ctr", tag...).Run(); err != nil {
+				return fmt.Errorf("name the image %s on %s: %w", image, n.name, explain(err))
+			}
 		}
 	}
 	return nil

@@ -163,9 +163,9 @@ func (w *world) buildPodImage(ctx context.Context) error {
 	return quiet(w.engine.Command(ctx, "save", "--output", w.archive, w.pods))
 }
 
-// loadPodImage puts that image into a node.
-func (w *world) loadPodImage(ctx context.Context, n nodes.Node) error {
-	f, err := os.Open(w.archive)
+// loadArchive puts the images of a docker archive into a node.
+func loadArchive(n nodes.Node, archive string) error {
+	f, err := os.Open(archive)
 	if err != nil {
 		return err
 	}

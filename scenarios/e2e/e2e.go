@@ -319,18 +319,15 @@ func (s *suite) loadImages(ctx context.Context, cluster clusters.Testable) error
 		return err
 	}
 	s.report.Step("loading the specs' images")
+	names := map[string][]string{}
 	for _, i := range images {
-		var names []string
 		for name := range strings.FieldsSeq(string(out)) {
 			if strings.HasPrefix(name, repository) && i.means.MatchString(name) {
-				names = append(names, name)
+				names[i.name] = append(names[i.name], name)
 			}
 		}
-		if err := cluster.LoadImage(ctx, filepath.Join(s.plan.Cache, archiveFile), i.name, names); err != nil {
-			return err
-		}
 	}
-	return nil
+	return cluster.LoadImages(ctx, filepath.Join(s.plan.Cache, archiveFile), names)
 }
 
 // batch is how many specs are run before their outcomes are kept. The suite needs some 20 seconds to begin and end.
