@@ -9,9 +9,11 @@ import (
 	"io"
 	"path/filepath"
 	"runtime"
+	"slices"
 
 	"github.com/spf13/cobra"
 
+	"github.com/plimsoll-bench/plimsoll/clusters"
 	"github.com/plimsoll-bench/plimsoll/clusters/kind"
 	"github.com/plimsoll-bench/plimsoll/dataplane"
 	"github.com/plimsoll-bench/plimsoll/results"
@@ -19,23 +21,36 @@ import (
 )
 
 func newE2ECommand() *cobra.Command {
-	plan := e2e.Plan{Modes: []string{"iptables", "nftables", "ebpf"}, Runs: 1, Processes: 2 * runtime.NumCPU()}
+	plan := e2e.Plan{Run: runName(), Modes: []string{"iptables", "nftables", "ebpf"}, Runs: 1, Processes: 2 * runtime.NumCPU()}
+	var families []string
+	for _, family := range clusters.IPFamilies() {
+		families = append(families, string(family))
+	}
 	cmd := &cobra.Command{
 		Use:   "e2e",
 		Short: "run Kubernetes' own tests of Services against kind clusters of each mode, and put the outcomes side by side",
-		Long: "E2e makes a kind cluster with two workers for each mode, one after another, runs the specs of Kubernetes' end-to-end tests there that\n" +
-			"test Services, and writes " + e2e.TableFile + " and a page with the table side by side. Given the folder of a run that was cut off, it does what\n" +
-			"is left. make e2e builds what it needs.",
+		Long: "E2e makes a kind cluster with two workers for each mode and family, one after another, runs the specs of Kubernetes' end-to-end tests there\n" +
+			"that test Services, and writes " + e2e.TableFile + " and a page with the tables side by side. Given the folder of a run that was cut off, it does\n" +
+			"what is left. make e2e builds what it needs.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			plan.Families = nil
+			for _, word := range families {
+				family := clusters.IPFamily(word)
+				if !slices.Contains(clusters.IPFamilies(), family) {
+					return fmt.Errorf("--families: %q is none of %v", word, clusters.IPFamilies())
+				}
+				plan.Families = append(plan.Families, family)
+			}
 			return runE2E(cmd.Context(), plan, cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
 	}
 	f := cmd.Flags()
 	f.StringSliceVar(&plan.Modes, "modes", plan.Modes, "modes to test")
+	f.StringSliceVar(&families, "families", families, "families of addresses of the clusters that each mode has")
 	f.StringVar(&plan.Focus, "focus", "", "regular expression of the names of specs (default those that test Services)")
 	f.BoolVar(&plan.Slow, "slow", false, "add specs that are slow, and those that disturb a cluster")
-	f.IntVar(&plan.Runs, "runs", plan.Runs, "how many times each spec is run in each mode")
+	f.IntVar(&plan.Runs, "runs", plan.Runs, "how many times each spec is run in each cluster")
 	f.IntVar(&plan.Processes, "processes", plan.Processes, "specs that run at a time, where they may")
 	f.StringVar(&plan.Out, "out", "", "folder for the results, or of a run that was cut off (default results/runs/e2e)")
 	f.StringVar(&plan.Bin, "bin", "", "folder with e2e.test and ginkgo (default the one that this program lies in)")

@@ -27,13 +27,13 @@ func TestE2E(t *testing.T) {
 		t.Skip(err)
 	}
 	out := filepath.Join(t.TempDir(), "out")
-	if said, err := exec.Command(program, "e2e", "--modes", "ebpf", "--focus", someSpecs, "--cache", cache, "--out", out).CombinedOutput(); err != nil {
+	if said, err := exec.Command(program, "e2e", "--modes", "ebpf", "--families", "dual", "--focus", someSpecs, "--cache", cache, "--out", out).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, said)
 	}
 	rows := mustReadCSV(t, filepath.Join(out, e2e.TableFile))
 	for _, r := range rows[1:] {
-		if e2e.Outcome(r[3]) != e2e.Passed {
-			t.Errorf("%s: %s: %s", r[0], r[3], r[5])
+		if e2e.Outcome(r[4]) != e2e.Passed {
+			t.Errorf("%s: %s: %s", r[0], r[4], r[6])
 		}
 	}
 	if passed := len(rows) - 1; passed < 12 {

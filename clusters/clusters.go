@@ -65,6 +65,18 @@ type ProxySpec struct {
 	MinSyncPeriod *time.Duration
 }
 
+// An IPFamily is which addresses a cluster's pods and Services have.
+type IPFamily string
+
+const (
+	IPv4      IPFamily = "ipv4"
+	IPv6      IPFamily = "ipv6"
+	DualStack IPFamily = "dual"
+)
+
+// IPFamilies are all that there are.
+func IPFamilies() []IPFamily { return []IPFamily{IPv4, IPv6, DualStack} }
+
 // A Plan says what a cluster is to hold.
 type Plan struct {
 	// Name names the run; everything that the cluster creates carries it.
@@ -88,6 +100,8 @@ type Plan struct {
 	Retain bool
 	// Workers is how many workers a kind cluster has where one site is alone in it; the site is on the first. 0 is one.
 	Workers int
+	// IPFamily is which addresses a kind cluster's pods and Services have; empty is IPv4. The lab has those that the kernel has.
+	IPFamily IPFamily
 	// Progress is told what is being done; nil is silent.
 	Progress func(string)
 }

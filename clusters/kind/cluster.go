@@ -233,7 +233,7 @@ func (c *cluster) connect(ctx context.Context, kubeconfig string) error {
 	if err := c.writeControlKubeconfig(kubeconfig); err != nil {
 		return err
 	}
-	config.Host = "https://127.0.0.1:6443"
+	config.Host = c.controlURL("6443")
 	config.ContentType = runtime.ContentTypeProtobuf
 	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
 	config.QPS, config.UserAgent = -1, "plimsoll"
@@ -263,14 +263,19 @@ func (c *cluster) connect(ctx context.Context, kubeconfig string) error {
 	issuers := x509.NewCertPool()
 	issuers.AppendCertsFromPEM(files["etcd/ca.crt"])
 	c.etcd, err = clientv3.New(clientv3.Config{
-		Endpoints: []string{"https://127.0.0.1:2379"},
+		Endpoints: []string{c.controlURL("2379")},
 		TLS:       &tls.Config{Certificates: []tls.Certificate{pair}, RootCAs: issuers},
 		Logger:    zap.NewNop(),
 		DialOptions: []grpc.DialOption{grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
-			return c.control.ns.DialContext(ctx, "tcp", "127.0.0.1:2379")
+			return c.control.ns.DialContext(ctx, "tcp", net.JoinHostPort(c.world.loopback(), "2379"))
 		})},
 	})
 	return err
+}
+
+// controlURL is where the control plane listens on a port, to who is on its node.
+func (c *cluster) controlURL(port string) string {
+	return "https://" + net.JoinHostPort(c.world.loopback(), port)
 }
 
 func (c *cluster) Sites() []clusters.Site {
@@ -283,7 +288,7 @@ func (c *cluster) Sites() []clusters.Site {
 
 func (c *cluster) RESTConfig() *rest.Config  { return rest.CopyConfig(c.rest) }
 func (c *cluster) Etcd() *clientv3.Client    { return c.etcd }
-func (c *cluster) ServiceCIDR() netip.Prefix { return serviceRange }
+func (c *cluster) ServiceCIDR() netip.Prefix { return c.world.families()[0].services }
 func (c *cluster) Failed() <-chan struct{}   { return c.failed.Done() }
 func (c *cluster) Err() error                { return context.Cause(c.failed) }
 
@@ -417,7 +422,7 @@ func (c *cluster) writeControlKubeconfig(kubeconfig string) error {
 		return err
 	}
 	for _, entry := range config.Clusters {
-		entry.Server = "https://127.0.0.1:6443"
+		entry.Server = c.controlURL("6443")
 	}
 	file, _ := c.Administrator()
 	return clientcmd.WriteToFile(*config, file)

@@ -17,7 +17,7 @@ func (w *world) config(name string, specs []clusters.ProxySpec) (*v1alpha4.Clust
 		TypeMeta: v1alpha4.TypeMeta{Kind: "Cluster", APIVersion: "kind.x-k8s.io/v1alpha4"},
 		Name:     name,
 		Networking: v1alpha4.Networking{
-			IPFamily: v1alpha4.IPv4Family, PodSubnet: podRange.String(), ServiceSubnet: serviceRange.String(), KubeProxyMode: "none",
+			IPFamily: v1alpha4.ClusterIPFamily(w.ipFamily()), PodSubnet: w.ranges(podsOf), ServiceSubnet: w.ranges(servicesOf), KubeProxyMode: "none",
 		},
 		KubeadmConfigPatches:         []string{kubeletPatch},
 		KubeadmConfigPatchesJSON6902: quietPatches,

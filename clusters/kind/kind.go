@@ -8,7 +8,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -165,7 +164,7 @@ func (w *world) makeNetwork(ctx context.Context) error {
 	}
 	os.Setenv("KIND_EXPERIMENTAL_DOCKER_NETWORK", name)
 	os.Setenv("KIND_EXPERIMENTAL_PODMAN_NETWORK", name)
-	return quiet(w.engine.Command(ctx, "network", "create", "--driver", "bridge", name))
+	return quiet(w.engine.Command(ctx, slices.Concat([]string{"network", "create", "--driver", "bridge"}, w.networkFlags(), []string{name})...))
 }
 
 // use makes kind, which runs the engine's command by its name, find it.
@@ -296,9 +295,3 @@ func (w *world) howToEnter() string {
 func (w *world) close(ctx context.Context) error {
 	return errors.Join(remove(ctx, w.engine, w.kind, w.run.Recorded()), w.run.Close(ctx))
 }
-
-// serviceRange and podRange are kind's defaults, and endpoint addresses are the pods' own.
-var (
-	serviceRange = netip.MustParsePrefix("10.96.0.0/16")
-	podRange     = netip.MustParsePrefix("10.244.0.0/16")
-)

@@ -47,9 +47,10 @@ type site struct {
 var _ clusters.Site = (*site)(nil)
 
 const (
-	// agentNamespace holds the agent; a site's pods have a namespace of the site's name.
-	agentNamespace = "plimsoll-system"
-	clientPod      = "client"
+	// systemNamespace holds the proxy, whose pods have proxyLabel; a site's pods have a namespace of the site's name.
+	systemNamespace = metav1.NamespaceSystem
+	proxyLabel      = "k8s-app=kube-proxy"
+	clientPod       = "client"
 	// podLimit is how long pods may take to run on a busy host; on a quiet one they take seconds.
 	podLimit = 3 * time.Minute
 )
@@ -109,8 +110,8 @@ var agentManifest string
 
 // manifestValues are what the manifests' templates want to know.
 type manifestValues struct {
-	// Namespace is that of the pods of Pods, which run on Node; AgentNamespace the agent's.
-	Namespace, AgentNamespace, Image, Node string
+	// Namespace is that of the pods of Pods, which run on Node.
+	Namespace, Image, Node string
 	// APIServer is the control plane's name; Cgroup where a node sees its cgroup2; Wait what pods run until something is started in
 	// them; MinSyncPeriod empty for the agent's own default.
 	APIServer, Cgroup, Wait, MinSyncPeriod string
@@ -124,8 +125,8 @@ type manifestValues struct {
 // manifests are the objects that a site wants of its cluster, as YAML.
 func (s *site) manifests() ([]byte, error) {
 	values := manifestValues{
-		Namespace: s.spec.Name, AgentNamespace: agentNamespace, Image: s.cluster.world.pods, Node: s.name, APIServer: s.cluster.controlName(), Wait: WaitCommand,
-		PodCIDR: podRange.String(), Packets: s.spec.Packets, PeerNames: s.spec.PeerNames,
+		Namespace: s.spec.Name, Image: s.cluster.world.pods, Node: s.name, APIServer: s.cluster.controlName(), Wait: WaitCommand,
+		PodCIDR: s.cluster.world.ranges(podsOf), Packets: s.spec.Packets, PeerNames: s.spec.PeerNames,
 		Pods: []struct{ Name, App string }{{clientPod, "client"}},
 	}
 	for _, name := range backendPods {
@@ -180,11 +181,7 @@ func (s *site) enterPod(ctx context.Context, name string) (*pod, error) {
 
 // enterProxy waits until the worker's kube-proxy or agent is ready.
 func (s *site) enterProxy(ctx context.Context) error {
-	namespace, label := "kube-system", "k8s-app=kube-proxy"
-	if s.spec.Agent {
-		namespace, label = agentNamespace, "app=plimsoll-agent"
-	}
-	object, err := s.awaitPod(ctx, namespace, metav1.ListOptions{LabelSelector: label, FieldSelector: "spec.nodeName=" + s.name})
+	object, err := s.awaitPod(ctx, systemNamespace, metav1.ListOptions{LabelSelector: proxyLabel, FieldSelector: "spec.nodeName=" + s.name})
 	if err != nil {
 		return err
 	}
@@ -288,7 +285,7 @@ func (s *site) awaitDNS(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, podLimit, fmt.Errorf("not within %v", podLimit))
 	defer cancel()
 	return host.Poll(ctx, "CoreDNS to be ready", func() (bool, error) {
-		d, err := s.cluster.client.AppsV1().Deployments("kube-system").Get(ctx, "coredns", metav1.GetOptions{})
+		d, err := s.cluster.client.AppsV1().Deployments(systemNamespace).Get(ctx, "coredns", metav1.GetOptions{})
 		if err != nil {
 			return false, err
 		}
@@ -344,11 +341,11 @@ func (s *site) Stop(ctx context.Context) error {
 	if err := errors.Join(s.cluster.Pause(ctx, false), s.Freeze(ctx, false)); err != nil {
 		return err
 	}
-	namespace, name := "kube-system", "kube-proxy"
+	name := "kube-proxy"
 	if s.spec.Agent {
-		namespace, name = agentNamespace, "plimsoll-agent"
+		name = "plimsoll-agent"
 	}
-	if err := s.cluster.client.AppsV1().DaemonSets(namespace).Delete(ctx, name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+	if err := s.cluster.client.AppsV1().DaemonSets(systemNamespace).Delete(ctx, name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
 		return fmt.Errorf("%s: delete the daemon set %s: %w", s.spec.Name, name, err)
 	}
 	if err := s.proxy.Kill(ctx); err != nil {

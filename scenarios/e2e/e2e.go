@@ -48,13 +48,16 @@ type Spec struct {
 
 // A Plan says what is to be tested, and where.
 type Plan struct {
-	// Modes are those whose clusters are made, one after another.
-	Modes []string
+	// Run names what is made, as in clusters.Plan.
+	Run string
+	// Modes are those whose clusters are made, one after another, and Families which of them each mode has.
+	Modes    []string
+	Families []clusters.IPFamily
 	// Focus is a regular expression of specs' names; empty is all that test Services.
 	Focus string
 	// Slow adds the specs that are slow, and those that disturb a cluster.
 	Slow bool
-	// Runs is how many times each mode's specs are run, in one cluster.
+	// Runs is how many times each mode's specs are run, in one cluster of each family.
 	Runs int
 	// Processes is how many specs run at a time, where they may.
 	Processes int
@@ -67,20 +70,21 @@ type Plan struct {
 }
 
 // servicesFocus are the specs that test Services.
-const servicesFocus = `\[sig-network\] (Services |Networking Granular Checks: Services|Conntrack|KubeProxy|Traffic Distribution|\[Feature:IPv6DualStack\]|.*IPv6)`
+const servicesFocus = `\[sig-network\] (Services |LoadBalancers |Networking Granular Checks: Services|Conntrack|KubeProxy|Traffic Distribution|\[Feature:IPv6DualStack\]|.*IPv6)`
 
 // slow are the specs that Plan.Slow adds.
 var slow = regexp.MustCompile(`\[(Slow|Disruptive)\]`)
+
+// dualStack are the specs that are for clusters of both families alone.
+const dualStack = "[Feature:IPv6DualStack]"
 
 // impossible are specs that no cluster of these can pass, and why.
 var impossible = []struct {
 	name *regexp.Regexp
 	why  string
 }{
-	{regexp.MustCompile(`\[Feature:LoadBalancer\]|LoadBalancer[ /]ESIPP|\[Feature:ServiceLoadBalancer\]|GCE|\[Feature:NEG\]`), "needs a cloud's load balancer"},
-	{regexp.MustCompile(`\[Feature:IPv6DualStack`), "the cluster has one IP family"},
-	{regexp.MustCompile(`\[Feature:(Networking-IPv6|NoSNAT|Networking-DNS)`), "wants a network with a way out"},
-	{regexp.MustCompile(`\[Feature:[^\]]*Alpha|\[Alpha\]`), "an alpha feature, which is off"},
+	{regexp.MustCompile(`\[Feature:LoadBalancer\]`), "needs a cloud's load balancer"},
+	{regexp.MustCompile(`\[Feature:Networking-(IPv4|IPv6|DNS)\]`), "needs the Internet"},
 }
 
 // An image is a container image of the archive that `make e2e-parts` makes, and what specs call images that it can stand for.
@@ -89,9 +93,9 @@ type image struct {
 	means *regexp.Regexp
 }
 
-// images are those of the archive. Specs that want busybox or pause find there what they call.
+// images are those of the archive. Specs that want others than agnhost find there what they call.
 var images = []image{
-	{"localhost/plimsoll-e2e:agnhost", regexp.MustCompile(`e2e-test-images-(agnhost|busybox)-|-pause-`)},
+	{"localhost/plimsoll-e2e:agnhost", regexp.MustCompile(`e2e-test-images-(agnhost|busybox)-|-distroless-iptables-|-pause-`)},
 	{"localhost/plimsoll-e2e:regression-issue-74839", regexp.MustCompile(`regression-issue-74839`)},
 }
 
@@ -109,10 +113,9 @@ const endedFile = "ended.jsonl"
 // A Reporter is told of the run.
 type Reporter interface {
 	Step(what string)
-	Progress(done, total int, what string)
 }
 
-// Run makes a cluster of each mode, has the specs run there, and writes the results' files after each.
+// Run makes a cluster of each mode and family, has the specs run there, and writes the results' files after each.
 func Run(ctx context.Context, plan Plan, provider clusters.Provider, report Reporter) error {
 	if err := Parts(plan.Bin, plan.Cache); err != nil {
 		return err
@@ -126,11 +129,13 @@ func Run(ctx context.Context, plan Plan, provider clusters.Provider, report Repo
 		if err != nil {
 			return err
 		}
-		if err := s.test(ctx, mode); err != nil {
-			return fmt.Errorf("%s: %w", name, err)
-		}
-		if err := s.write(); err != nil {
-			return err
+		for _, family := range plan.Families {
+			if err := s.test(ctx, mode, family); err != nil {
+				return fmt.Errorf("%s, %s: %w", name, family, err)
+			}
+			if err := s.write(); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -156,6 +161,29 @@ type suite struct {
 	left   []Spec
 	// started counts what was started in clusters.
 	started int
+}
+
+// A pass is one run of the specs in one cluster.
+type pass struct {
+	mode   string
+	family clusters.IPFamily
+	run    int
+}
+
+func (p pass) String() string { return fmt.Sprintf("%s, %s, run %d", p.mode, p.family, p.run) }
+
+// passes are all of a mode's in clusters of a family.
+func (s *suite) passes(mode string, family clusters.IPFamily) []pass {
+	var all []pass
+	for run := 1; run <= s.plan.Runs; run++ {
+		all = append(all, pass{mode, family, run})
+	}
+	return all
+}
+
+// belongs tells whether a spec is one for clusters of the pass's family.
+func (p pass) belongs(spec string) bool {
+	return p.family == clusters.DualStack || !strings.Contains(spec, dualStack)
 }
 
 // listed is a spec's name in what the suite lists: after the file and line where it stands.
@@ -231,19 +259,22 @@ func (s *suite) ask(ctx context.Context, flag string) ([]byte, error) {
 	return out, nil
 }
 
-// dir is a mode's folder of one run.
-func (s *suite) dir(mode string, run int) string {
-	return filepath.Join(s.plan.Out, mode, strconv.Itoa(run))
+// dir is a pass's folder.
+func (s *suite) dir(p pass) string {
+	return filepath.Join(s.plan.Out, p.mode, string(p.family), strconv.Itoa(p.run))
 }
 
-// todo are the chosen specs that have not ended in a mode's run.
-func (s *suite) todo(mode string, run int) ([]string, error) {
-	ended, err := readEnded(filepath.Join(s.dir(mode, run), endedFile))
+// ended are the specs that have ended in a pass.
+func (s *suite) ended(p pass) ([]Spec, error) { return readEnded(filepath.Join(s.dir(p), endedFile)) }
+
+// todo are the chosen specs that have not ended in a pass.
+func (s *suite) todo(p pass) ([]string, error) {
+	ended, err := s.ended(p)
 	if err != nil {
 		return nil, err
 	}
 	return slices.DeleteFunc(slices.Clone(s.chosen), func(name string) bool {
-		return slices.ContainsFunc(ended, func(e Spec) bool { return e.Name == name })
+		return !p.belongs(name) || slices.ContainsFunc(ended, func(e Spec) bool { return e.Name == name })
 	}), nil
 }
 
@@ -269,26 +300,26 @@ func readEnded(file string) ([]Spec, error) {
 	return all, lines.Err()
 }
 
-// test has a mode's specs run that have not.
-func (s *suite) test(ctx context.Context, mode dataplane.Mode) (err error) {
-	var runs []int
-	for run := 1; run <= s.plan.Runs; run++ {
-		todo, err := s.todo(mode.Name(), run)
+// test has the specs run in a mode's clusters of one family that have not.
+func (s *suite) test(ctx context.Context, mode dataplane.Mode, family clusters.IPFamily) (err error) {
+	var passes []pass
+	for _, p := range s.passes(mode.Name(), family) {
+		todo, err := s.todo(p)
 		if err != nil {
 			return err
 		}
 		if len(todo) > 0 {
-			runs = append(runs, run)
+			passes = append(passes, p)
 		}
 	}
-	if len(runs) == 0 {
-		s.report.Step(mode.Name() + ": done before")
+	if len(passes) == 0 {
+		s.report.Step(fmt.Sprintf("%s, %s: nothing is left to run", mode.Name(), family))
 		return nil
 	}
 	spec := mode.Spec(dataplane.Settings{ProxyDefaults: true})
 	made, err := s.provider.Create(ctx, clusters.Plan{
-		Name: "e2e-" + strconv.FormatInt(time.Now().Unix()%1e6, 36), Dir: filepath.Join(s.plan.Out, mode.Name(), "cluster"), Bin: s.plan.Bin, Cache: s.plan.Cache, NodeImage: s.plan.NodeImage,
-		Sites: []clusters.ProxySpec{spec}, Workers: 2, Progress: s.report.Step,
+		Name: s.plan.Run, Dir: filepath.Join(s.plan.Out, mode.Name(), string(family), "cluster"), Bin: s.plan.Bin, Cache: s.plan.Cache, NodeImage: s.plan.NodeImage,
+		Sites: []clusters.ProxySpec{spec}, Workers: 2, IPFamily: family, Progress: s.report.Step,
 	})
 	if err != nil {
 		return err
@@ -304,8 +335,8 @@ func (s *suite) test(ctx context.Context, mode dataplane.Mode) (err error) {
 	if err := s.loadImages(ctx, cluster); err != nil {
 		return err
 	}
-	for _, run := range runs {
-		if err := s.run(ctx, cluster, mode.Name(), run); err != nil {
+	for _, p := range passes {
+		if err := s.run(ctx, cluster, p); err != nil {
 			return err
 		}
 	}
@@ -333,19 +364,20 @@ func (s *suite) loadImages(ctx context.Context, cluster clusters.Testable) error
 // batch is how many specs are run before their outcomes are kept. The suite needs some 20 seconds to begin and end.
 const batch = 40
 
-// run has the specs run once that have not ended in this run.
-func (s *suite) run(ctx context.Context, cluster clusters.Testable, mode string, run int) error {
-	dir := s.dir(mode, run)
+// run has the specs run once that have not ended in this pass.
+func (s *suite) run(ctx context.Context, cluster clusters.Testable, p pass) error {
+	dir := s.dir(p)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	todo, err := s.todo(mode, run)
+	todo, err := s.todo(p)
 	if err != nil {
 		return err
 	}
-	began := time.Now()
+	began, done := time.Now(), 0
 	for names := range slices.Chunk(todo, batch) {
-		s.report.Progress(slices.Index(s.chosen, names[0]), len(s.chosen), fmt.Sprintf("%s, run %d", mode, run))
+		s.report.Step(fmt.Sprintf("%v: specs %d to %d of %d", p, done+1, done+len(names), len(todo)))
+		done += len(names)
 		ended, err := s.runBatch(ctx, cluster, dir, names)
 		if err != nil {
 			return err
@@ -354,7 +386,7 @@ func (s *suite) run(ctx context.Context, cluster clusters.Testable, mode string,
 			return err
 		}
 	}
-	s.report.Step(fmt.Sprintf("%s, run %d: %d specs in %v", mode, run, len(todo), time.Since(began).Round(time.Second)))
+	s.report.Step(fmt.Sprintf("%v: %d specs in %v", p, len(todo), time.Since(began).Round(time.Second)))
 	return nil
 }
 

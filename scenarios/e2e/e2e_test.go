@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/onsi/ginkgo/v2/types"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
 )
 
 // A program in the suite's place lists these.
@@ -21,6 +23,7 @@ const listing = `The following spec names can be used with 'ginkgo run --focus/s
     test/e2e/network/service.go:784: [sig-network] Services should serve | a basic endpoint
     test/e2e/network/service.go:799: [sig-network] Services should be rejected [Slow]
     test/e2e/network/loadbalancer.go:99: [sig-network] Services should have a load balancer [Feature:LoadBalancer]
+    test/e2e/network/dual_stack.go:40: [sig-network] [Feature:IPv6DualStack] should have two addresses
     test/e2e/network/dns.go:12: [sig-network] DNS should provide DNS
 `
 
@@ -36,13 +39,14 @@ func newSuite(t *testing.T, plan Plan) *suite {
 
 func TestChoose(t *testing.T) {
 	basic, rejected := "[sig-network] Services should serve | a basic endpoint", "[sig-network] Services should be rejected [Slow]"
+	dual := "[sig-network] [Feature:IPv6DualStack] should have two addresses"
 	for _, test := range []struct {
 		plan   Plan
 		chosen []string
 		left   int
 	}{
-		{Plan{}, []string{basic}, 1},
-		{Plan{Slow: true}, []string{rejected, basic}, 1},
+		{Plan{}, []string{basic, dual}, 1},
+		{Plan{Slow: true}, []string{rejected, basic, dual}, 1},
 		{Plan{Focus: "DNS"}, []string{"[sig-network] DNS should provide DNS"}, 0},
 	} {
 		s := newSuite(t, test.plan)
@@ -62,13 +66,13 @@ func TestChoose(t *testing.T) {
 
 // What has ended stands in the table and is not done again; a line that was cut off is.
 func TestResume(t *testing.T) {
-	s := newSuite(t, Plan{Slow: true, Runs: 2, Modes: []string{"iptables", "ebpf"}})
+	s := newSuite(t, Plan{Slow: true, Runs: 2, Modes: []string{"iptables", "ebpf"}, Families: clusters.IPFamilies()})
 	if err := s.choose(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	ended := func(mode, run, text string) {
+	ended := func(p pass, text string) {
 		t.Helper()
-		dir := filepath.Join(s.plan.Out, mode, run)
+		dir := s.dir(p)
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -78,16 +82,18 @@ func TestResume(t *testing.T) {
 	}
 	passed := `{"name":"` + s.chosen[1] + `","outcome":"passed","seconds":2}` + "\n"
 	failed := `{"name":"` + s.chosen[1] + `","outcome":"failed","seconds":2,"reason":"no answer\nat all"}` + "\n"
-	ended("iptables", "1", passed)
-	ended("ebpf", "1", passed+`{"name":"`+s.chosen[0])
-	ended("ebpf", "2", failed)
+	ended(pass{"iptables", clusters.IPv4, 1}, passed)
+	ended(pass{"ebpf", clusters.IPv4, 1}, passed+`{"name":"`+s.chosen[0])
+	ended(pass{"ebpf", clusters.IPv4, 2}, failed)
 	for _, test := range []struct {
-		mode string
-		run  int
+		pass
 		want int
-	}{{"iptables", 1, 1}, {"iptables", 2, 2}, {"ebpf", 1, 1}} {
-		if todo, err := s.todo(test.mode, test.run); err != nil || len(todo) != test.want {
-			t.Errorf("%s, run %d: left are %q (%v), want %d", test.mode, test.run, todo, err, test.want)
+	}{
+		{pass{"iptables", clusters.IPv4, 1}, 1}, {pass{"iptables", clusters.IPv4, 2}, 2}, {pass{"ebpf", clusters.IPv4, 1}, 1},
+		{pass{"ebpf", clusters.IPv6, 1}, 2}, {pass{"ebpf", clusters.DualStack, 1}, 3},
+	} {
+		if todo, err := s.todo(test.pass); err != nil || len(todo) != test.want {
+			t.Errorf("%v: left are %q (%v), want %d", test.pass, todo, err, test.want)
 		}
 	}
 	if err := s.write(); err != nil {
@@ -102,14 +108,14 @@ func TestResume(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := []string{s.chosen[1], "ebpf", "2", "failed", "2.0", "no answer"}; !slices.ContainsFunc(rows, func(r []string) bool { return slices.Equal(r, want) }) {
+	if want := []string{s.chosen[1], "ebpf", "ipv4", "2", "failed", "2.0", "no answer"}; !slices.ContainsFunc(rows, func(r []string) bool { return slices.Equal(r, want) }) {
 		t.Errorf("no row %q in %q", want, rows)
 	}
 	page, err := os.ReadFile(filepath.Join(s.plan.Out, PageFile))
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{`serve \| a basic endpoint | passed | **1 of 2** | no answer |`, "| skipped | skipped | needs a cloud's load balancer |"} {
+	for _, want := range []string{`serve \| a basic endpoint | passed | **1 of 2** | no answer |`, "| skipped | skipped | needs a cloud's load balancer |", "\n## IPv4\n", "\n| IPv4 | ebpf | 1 | 1 | 2 | 4 |\n"} {
 		if !strings.Contains(string(page), want) {
 			t.Errorf("the page has no %q:\n%s", want, page)
 		}

@@ -5,12 +5,13 @@ package e2e
 import (
 	"encoding/csv"
 	"fmt"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/plimsoll-bench/plimsoll/clusters"
 )
 
 // The files of the results, in Plan.Out.
@@ -19,27 +20,30 @@ const (
 	PageFile  = "e2e.md"
 )
 
-// a row is one spec in one mode's run.
+// a row is one spec in one pass.
 type row struct {
 	Spec
-	mode string
-	run  int
+	pass
 }
 
 // write writes the table and the page of what has ended so far.
 func (s *suite) write() error {
 	var rows []row
 	for _, mode := range s.plan.Modes {
-		for run := 1; run <= s.plan.Runs; run++ {
-			ended, err := readEnded(filepath.Join(s.dir(mode, run), endedFile))
-			if err != nil {
-				return err
-			}
-			if len(ended) == 0 {
-				continue
-			}
-			for _, e := range slices.Concat(ended, s.left) {
-				rows = append(rows, row{e, mode, run})
+		for _, family := range s.plan.Families {
+			for _, p := range s.passes(mode, family) {
+				ended, err := s.ended(p)
+				if err != nil {
+					return err
+				}
+				if len(ended) == 0 {
+					continue
+				}
+				for _, e := range slices.Concat(ended, s.left) {
+					if p.belongs(e.Name) {
+						rows = append(rows, row{e, p})
+					}
+				}
 			}
 		}
 	}
@@ -50,71 +54,109 @@ func (s *suite) write() error {
 	}
 	defer f.Close()
 	w := csv.NewWriter(f)
-	w.Write([]string{"spec", "mode", "run", "outcome", "seconds", "reason"})
+	w.Write([]string{"spec", "mode", "family", "run", "outcome", "seconds", "reason"})
 	for _, r := range rows {
-		w.Write([]string{r.Name, r.mode, strconv.Itoa(r.run), string(r.Outcome), strconv.FormatFloat(r.Seconds, 'f', 1, 64), oneLine(r.Reason)})
+		w.Write([]string{r.Name, r.mode, string(r.family), strconv.Itoa(r.run), string(r.Outcome), strconv.FormatFloat(r.Seconds, 'f', 1, 64), oneLine(r.Reason)})
 	}
 	w.Flush()
 	if err := w.Error(); err != nil {
 		return fmt.Errorf("write %s: %w", TableFile, err)
 	}
-	return os.WriteFile(filepath.Join(s.plan.Out, PageFile), []byte(page(s.plan.Modes, rows)), 0o644)
+	return os.WriteFile(filepath.Join(s.plan.Out, PageFile), []byte(page(s.plan.Modes, s.plan.Families, rows)), 0o644)
 }
 
-// page is the table side by side, as Markdown: how often each spec passed in each mode.
-func page(modes []string, rows []row) string {
-	type cell struct {
-		passed, ended int
-		why           string
+// A cell is what came of a spec in a mode's clusters of one family, in all runs.
+type cell struct {
+	passed, ended int
+	why           string
+}
+
+func (c *cell) String() string {
+	switch {
+	case c == nil:
+		return ""
+	case c.ended == 0:
+		return "skipped"
+	case c.passed == c.ended:
+		return "passed"
+	case c.passed == 0:
+		return "**failed**"
 	}
-	specs := map[string]map[string]*cell{}
+	return fmt.Sprintf("**%d of %d**", c.passed, c.ended)
+}
+
+// page are the tables side by side, as Markdown: for each family how often each spec passed in each mode, after a summary.
+func page(modes []string, families []clusters.IPFamily, rows []row) string {
+	type key struct {
+		name, mode string
+		family     clusters.IPFamily
+	}
+	cells := map[key]*cell{}
+	type sum struct {
+		outcomes map[Outcome]int
+		seconds  float64
+	}
+	sums := map[key]*sum{} // without a name
 	for _, r := range rows {
-		if specs[r.Name] == nil {
-			specs[r.Name] = map[string]*cell{}
-		}
-		c := specs[r.Name][r.mode]
+		k := key{r.Name, r.mode, r.family}
+		c := cells[k]
 		if c == nil {
 			c = new(cell)
-			specs[r.Name][r.mode] = c
+			cells[k] = c
 		}
-		switch r.Outcome {
-		case Passed:
+		if r.Outcome != Skipped {
+			c.ended++
+		}
+		if r.Outcome == Passed {
 			c.passed++
-			c.ended++
-		case Failed:
-			c.ended++
-			c.why = oneLine(r.Reason)
-		case Skipped:
+		} else {
 			c.why = oneLine(r.Reason)
 		}
+		k.name = ""
+		if sums[k] == nil {
+			sums[k] = &sum{outcomes: map[Outcome]int{}}
+		}
+		sums[k].outcomes[r.Outcome]++
+		sums[k].seconds += r.Seconds
 	}
 	var b strings.Builder
-	fmt.Fprintf(&b, "| spec | %s | |\n|---%s|---|\n", strings.Join(modes, " | "), strings.Repeat("|---", len(modes)))
-	for _, name := range slices.Sorted(maps.Keys(specs)) {
-		var words []string
-		why := ""
+	b.WriteString("| | mode | passed | failed | skipped | seconds of all specs together |\n|---|---|---|---|---|---|\n")
+	for _, family := range families {
 		for _, mode := range modes {
-			c := specs[name][mode]
-			switch {
-			case c == nil:
-				words = append(words, "")
-				continue
-			case c.ended == 0:
-				words = append(words, "skipped")
-			case c.passed == c.ended:
-				words = append(words, "passed")
-			case c.passed == 0:
-				words = append(words, "**failed**")
-			default:
-				words = append(words, fmt.Sprintf("**%d of %d**", c.passed, c.ended))
-			}
-			if c.why != "" {
-				why = c.why
+			if s := sums[key{"", mode, family}]; s != nil {
+				fmt.Fprintf(&b, "| %s | %s | %d | %d | %d | %.0f |\n", title(family), mode, s.outcomes[Passed], s.outcomes[Failed], s.outcomes[Skipped], s.seconds)
 			}
 		}
-		fmt.Fprintf(&b, "| %s | %s | %s |\n", escape(name), strings.Join(words, " | "), escape(why))
+	}
+	for _, family := range families {
+		var here []string
+		for _, r := range rows {
+			if r.family == family {
+				here = append(here, r.Name) // sorted, as rows are
+			}
+		}
+		if len(here) == 0 {
+			continue
+		}
+		fmt.Fprintf(&b, "\n## %s\n\n| spec | %s | |\n|---%s|---|\n", title(family), strings.Join(modes, " | "), strings.Repeat("|---", len(modes)))
+		for _, name := range slices.Compact(here) {
+			var words, reasons []string
+			for _, mode := range modes {
+				c := cells[key{name, mode, family}]
+				words = append(words, c.String())
+				if c != nil && c.why != "" && !slices.Contains(reasons, c.why) {
+					reasons = append(reasons, c.why)
+				}
+			}
+			fmt.Fprintf(&b, "| %s | %s | %s |\n", escape(name), strings.Join(words, " | "), escape(strings.Join(reasons, "; ")))
+		}
 	}
 	return b.String()
+}
+
+// title is a family as people write it.
+func title(family clusters.IPFamily) string {
+	return map[clusters.IPFamily]string{clusters.IPv4: "IPv4", clusters.IPv6: "IPv6", clusters.DualStack: "dual-stack"}[family]
 }
 
 // escape has text stay in its cell.
