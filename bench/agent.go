@@ -27,7 +27,7 @@ func newAgentCommand() *cobra.Command {
 	var podCIDRs []string
 	var sockets, cleanup bool
 	var verbosity int
-	cfg := agent.Config{}
+	cfg := agent.Config{Conntrack: agent.DefaultConntrack()}
 	cmd := &cobra.Command{
 		Use:   "agent",
 		Short: "Carry the cluster's Services on this node with the embedded eBPF load balancer",
@@ -80,6 +80,13 @@ that are not. With --pin-dir all that goes on when the agent ends, until agent -
 	flags.StringVar(&bridge, "pod-bridge-interface", "", "`name` of the pods' bridge, for BridgeInterface")
 	flags.StringVar(&prefix, "pod-interface-name-prefix", "", "`prefix` of the names of the pods' devices, for InterfaceNamePrefix")
 	flags.BoolVar(&cfg.MasqueradeAll, "masquerade-all", false, "have all endpoints see an address of the node instead of the client's, where packets are translated")
+	flags.Int32Var(&cfg.Conntrack.MaxPerCore, "conntrack-max-per-core", cfg.Conntrack.MaxPerCore, "connections that are tracked for each CPU, where packets are translated; 0: as the node has it")
+	flags.Int32Var(&cfg.Conntrack.Min, "conntrack-min", cfg.Conntrack.Min, "connections that are tracked at least, with --conntrack-max-per-core")
+	flags.DurationVar(&cfg.Conntrack.TCPEstablished, "conntrack-tcp-timeout-established", cfg.Conntrack.TCPEstablished, "how long a TCP connection over which nothing is sent is remembered; 0: as the node has it")
+	flags.DurationVar(&cfg.Conntrack.TCPCloseWait, "conntrack-tcp-timeout-close-wait", cfg.Conntrack.TCPCloseWait, "the same of one that one side has closed")
+	flags.BoolVar(&cfg.Conntrack.TCPBeLiberal, "conntrack-tcp-be-liberal", false, "take packets out of a TCP connection's window for the connection's")
+	flags.DurationVar(&cfg.Conntrack.UDP, "conntrack-udp-timeout", 0, "how long a UDP flow without answers is remembered; 0: as the node has it")
+	flags.DurationVar(&cfg.Conntrack.UDPStream, "conntrack-udp-timeout-stream", 0, "the same of one with answers")
 	flags.StringVar(&cfg.LB.PinDir, "pin-dir", "", "`folder` on a bpffs that keeps maps and link while no agent runs; empty: none")
 	flags.StringVar(&cfg.Snapshot, "snapshot", "", "`file` from which Services are served after a reboot until the API server answers; empty: none")
 	flags.BoolVar(&cleanup, "cleanup", false, "remove all that agents left on this node, by --pin-dir and --snapshot and in nftables, and end")

@@ -98,8 +98,9 @@ type Plan struct {
 	Static bool
 	// Retain keeps what was made when Create fails, and at Close, and says how to enter it.
 	Retain bool
-	// Workers is how many workers a kind cluster has where one site is alone in it; the site is on the first. 0 is one.
-	Workers int
+	// Workers is how many workers a kind cluster has where one site is alone in it; the site is on the first. 0 is one. Zones are among how many
+	// zones they are spread evenly, by label; 0 leaves them without.
+	Workers, Zones int
 	// IPFamily is which addresses a kind cluster's pods and Services have; empty is IPv4. The lab has those that the kernel has.
 	IPFamily IPFamily
 	// Progress is told what is being done; nil is silent.

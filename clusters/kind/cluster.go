@@ -177,7 +177,7 @@ func (c *cluster) enter(ctx context.Context) error {
 			c.others = append(c.others, n)
 		}
 	}
-	if workers := max(len(c.sites), c.world.plan.Workers); c.control == nil || len(c.nodes()) != workers+1 {
+	if workers := c.world.workers(len(c.sites)); c.control == nil || len(c.nodes()) != workers+1 {
 		return fmt.Errorf("kind made other nodes than a control plane and %d workers: %v", workers, list)
 	}
 	go c.watch()

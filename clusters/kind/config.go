@@ -3,8 +3,10 @@
 package kind
 
 import (
+	"fmt"
 	"slices"
 
+	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/kind/pkg/apis/config/v1alpha4"
 	"sigs.k8s.io/yaml"
 
@@ -44,8 +46,12 @@ func (w *world) config(name string, specs []clusters.ProxySpec) (*v1alpha4.Clust
 		config.KubeadmConfigPatchesJSON6902 = append(slices.Clip(config.KubeadmConfigPatchesJSON6902), laterDNS...)
 	}
 	config.Nodes = []v1alpha4.Node{{Role: v1alpha4.ControlPlaneRole, Image: w.image}}
-	for range max(len(specs), w.plan.Workers) {
-		config.Nodes = append(config.Nodes, v1alpha4.Node{Role: v1alpha4.WorkerRole, Image: w.image})
+	for i := range w.workers(len(specs)) {
+		worker := v1alpha4.Node{Role: v1alpha4.WorkerRole, Image: w.image}
+		if w.plan.Zones > 0 {
+			worker.Labels = map[string]string{corev1.LabelTopologyZone: fmt.Sprintf("zone-%d", i%w.plan.Zones)}
+		}
+		config.Nodes = append(config.Nodes, worker)
 	}
 	return config, nil
 }

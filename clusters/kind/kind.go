@@ -82,13 +82,15 @@ func (Provider) Create(ctx context.Context, plan clusters.Plan) (_ []clusters.Cl
 		w.report = func(string) {}
 	}
 	groups := w.groups()
-	proxies := 0
-	for _, s := range plan.Sites {
-		if s.KubeProxy != "" {
-			proxies += 2 // on the control plane's node too
+	nodes, proxies := 0, 0
+	for _, group := range groups {
+		here := w.workers(len(group)) + 1
+		nodes += here
+		if group[0].KubeProxy != "" {
+			proxies += here // on the control plane's node too
 		}
 	}
-	if err := enough(len(plan.Sites)+len(groups), proxies); err != nil {
+	if err := enough(nodes, proxies); err != nil {
 		return nil, err
 	}
 	use(e)
@@ -276,6 +278,9 @@ func (w *world) groups() [][]clusters.ProxySpec {
 	}
 	return groups
 }
+
+// workers is how many a cluster of so many sites has.
+func (w *world) workers(sites int) int { return max(sites, w.plan.Workers) }
 
 // clusterName is the kind cluster of a group of sites, named for the first of them.
 func (w *world) clusterName(group []clusters.ProxySpec) string {

@@ -192,7 +192,8 @@ func (n *node) agentCommand(kubeconfig string) (host.Command, error) {
 	}
 	if n.spec.Packets {
 		argv = append(argv, "--sockets=false", "--devices", "*", "--cluster-cidr", strings.Join(podRanges(), ","), "--detect-local-mode", localMode(n.spec),
-			"--pod-bridge-interface", n.spec.PodInterfaces, "--pod-interface-name-prefix", n.spec.PodInterfaces, "--masquerade-all="+strconv.FormatBool(n.spec.MasqueradeAll))
+			"--pod-bridge-interface", n.spec.PodInterfaces, "--pod-interface-name-prefix", n.spec.PodInterfaces, "--masquerade-all="+strconv.FormatBool(n.spec.MasqueradeAll),
+			"--conntrack-max-per-core", "0", "--conntrack-tcp-timeout-established", "0", "--conntrack-tcp-timeout-close-wait", "0") // as kube-proxy's
 	} else {
 		argv = append(argv, "--cgroup", n.cgroup.Dir)
 	}

@@ -60,6 +60,8 @@ type Config struct {
 	Local Local
 	// MasqueradeAll has all backends see an address of the node instead of the client's, where packets are translated.
 	MasqueradeAll bool
+	// Conntrack are the node's settings of connection tracking, where packets are translated.
+	Conntrack Conntrack
 	// NetNS is the file of the network namespace where the devices are. Empty is that of the calling process.
 	NetNS string
 	// MinSyncPeriod is the least time between the end of a sync and the next one. The first change after a rest is
@@ -146,6 +148,9 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		}
 		defer func() { <-network.done }()
 		defer cancel()
+		if err := cfg.Conntrack.set(ctx, cfg.NetNS); err != nil {
+			return err
+		}
 	}
 
 	api := newAPIServer()

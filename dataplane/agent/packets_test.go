@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 	discovery "k8s.io/api/discovery/v1"
@@ -222,6 +223,32 @@ func TestPacketsOverSCTP(t *testing.T) {
 	for _, from := range clients {
 		from.wantsError("sctp", http80, unix.ECONNREFUSED)
 	}
+}
+
+// A connection that its server has closed and its client has not is translated for as long as kube-proxy would have it: the client may send for
+// an hour, not for the kernel's minute.
+func TestPacketsOfAHalfClosedConnection(t *testing.T) {
+	r := newPacketRig(t, exposed(nil), slice("web-1", "http", v1.ProtocolTCP, endpoint(hereIP, thisNode)))
+	cfg := r.config()
+	cfg.Conntrack = agent.DefaultConntrack()
+	cfg.Conntrack.MaxPerCore = 0 // which is the host's
+	r.run(cfg)
+	r.from(r.outsider).wants("tcp", nodeAddress+":30080", hereWeb)
+	r.outsider.Hold(t, "tcp", nodeAddress+":30080", 1)
+	var left []uint32 // of half closed connections, in seconds
+	r.eventually(func() bool {
+		left = nil
+		r.node.Enter(t, func() error {
+			flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+			for _, f := range flows {
+				if state, ok := f.ProtoInfo.(*netlink.ProtoInfoTCP); ok && state.State == nl.TCP_CONNTRACK_CLOSE_WAIT {
+					left = append(left, f.TimeOut)
+				}
+			}
+			return err
+		})
+		return len(left) == 1 && left[0] > 3540 && left[0] <= 3600
+	}, func() string { return fmt.Sprintf("half closed connections are remembered for %d more seconds, want one for an hour", left) })
 }
 
 // The node's own processes reach Services while an agent is away, by the next one, and after somebody took the way from them. Where no

@@ -300,6 +300,9 @@ func readEnded(file string) ([]Spec, error) {
 	return all, lines.Err()
 }
 
+// The specs of traffic distribution want three zones of two workers each, and one of health checks three workers.
+const workers, zones = 6, 3
+
 // test has the specs run in a mode's clusters of one family that have not.
 func (s *suite) test(ctx context.Context, mode dataplane.Mode, family clusters.IPFamily) (err error) {
 	var passes []pass
@@ -319,7 +322,7 @@ func (s *suite) test(ctx context.Context, mode dataplane.Mode, family clusters.I
 	spec := mode.Spec(dataplane.Settings{ProxyDefaults: true})
 	made, err := s.provider.Create(ctx, clusters.Plan{
 		Name: s.plan.Run, Dir: filepath.Join(s.plan.Out, mode.Name(), string(family), "cluster"), Bin: s.plan.Bin, Cache: s.plan.Cache, NodeImage: s.plan.NodeImage,
-		Sites: []clusters.ProxySpec{spec}, Workers: 2, IPFamily: family, Progress: s.report.Step,
+		Sites: []clusters.ProxySpec{spec}, Workers: workers, Zones: zones, IPFamily: family, Progress: s.report.Step,
 	})
 	if err != nil {
 		return err
@@ -407,7 +410,7 @@ func (s *suite) runBatch(ctx context.Context, cluster clusters.Testable, dir str
 	for _, name := range names {
 		argv = append(argv, "--focus= "+regexp.QuoteMeta(name)+"$") // after the suite's own name
 	}
-	argv = append(argv, filepath.Join(s.plan.Bin, suiteFile), "--", "--kubeconfig="+kubeconfig, "--kubectl-path="+kubectl, "--provider=skeleton", "--num-nodes=2")
+	argv = append(argv, filepath.Join(s.plan.Bin, suiteFile), "--", "--kubeconfig="+kubeconfig, "--kubectl-path="+kubectl, "--provider=skeleton", "--num-nodes="+strconv.Itoa(workers))
 	log := filepath.Join(dir, "log.txt")
 	s.started++
 	process, err := cluster.Start(fmt.Sprintf("ginkgo-%d", s.started), argv, environment(), log)
