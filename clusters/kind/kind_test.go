@@ -6,14 +6,17 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"maps"
 	"os"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/util/yaml"
+	"sigs.k8s.io/kind/pkg/apis/config/v1alpha4"
 	"sigs.k8s.io/kind/pkg/exec"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
@@ -74,6 +77,41 @@ func TestConfigOfAMode(t *testing.T) {
 		patches := strings.Join(config.KubeadmConfigPatches, "")
 		if strings.Contains(patches, "minSyncPeriod: 10ms") != test.period {
 			t.Errorf("%s: patches are %s", test.group[0].Name, patches)
+		}
+	}
+}
+
+// A cluster's addresses are of the families that were asked for, and so is the network of its nodes; its workers are spread over zones.
+func TestConfigOfFamilies(t *testing.T) {
+	for _, test := range []struct {
+		family         clusters.IPFamily
+		pods, services string
+		six            bool
+	}{
+		{"", "10.244.0.0/16", "10.96.0.0/16", false},
+		{clusters.IPv6, "fd00:10:244::/56", "fd00:10:96::/112", true},
+		{clusters.DualStack, "10.244.0.0/16,fd00:10:244::/56", "10.96.0.0/16,fd00:10:96::/112", true},
+	} {
+		w := testWorld()
+		w.plan.IPFamily, w.plan.Workers, w.plan.Zones = test.family, 4, 2
+		config, err := w.config("c", specs[:1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := config.Networking; n.PodSubnet != test.pods || n.ServiceSubnet != test.services {
+			t.Errorf("%q: pods have %s and Services %s, want %s and %s", test.family, n.PodSubnet, n.ServiceSubnet, test.pods, test.services)
+		}
+		if six := slices.Contains(w.networkFlags(), "--ipv6"); six != test.six {
+			t.Errorf("%q: the nodes' network speaks IPv6: %v", test.family, six)
+		}
+		zones := map[string]int{}
+		for _, n := range config.Nodes {
+			if n.Role == v1alpha4.WorkerRole {
+				zones[n.Labels[corev1.LabelTopologyZone]]++
+			}
+		}
+		if want := map[string]int{"zone-0": 2, "zone-1": 2}; !maps.Equal(zones, want) {
+			t.Errorf("%q: workers are in zones %v, want %v", test.family, zones, want)
 		}
 	}
 }
