@@ -81,6 +81,7 @@ func runE2E(ctx context.Context, plan e2e.Plan, stdout, stderr io.Writer) (err e
 	if err := results.MakeDir(plan.Out); err != nil {
 		return fmt.Errorf("--out: %w", err)
 	}
+	plan.Environment = describeHost(ctx, plan.Bin)
 	progress, err := newProgress(stderr, filepath.Join(plan.Out, "log.txt"))
 	if err != nil {
 		return err

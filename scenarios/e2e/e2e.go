@@ -25,6 +25,7 @@ import (
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
 	"github.com/plimsoll-bench/plimsoll/dataplane"
+	"github.com/plimsoll-bench/plimsoll/results"
 )
 
 // An Outcome is how a spec ended.
@@ -67,6 +68,8 @@ type Plan struct {
 	Bin, Cache string
 	// NodeImage is that of kind's nodes; empty for the provider's choice.
 	NodeImage string
+	// Environment is the machine's, for the page.
+	Environment results.Environment
 }
 
 // servicesFocus are the specs that test Services.
@@ -107,8 +110,20 @@ const (
 	repository  = "localhost/plimsoll-e2e/specs" // that specs are told to take images from
 )
 
-// endedFile has a line for each spec that has ended.
-const endedFile = "ended.jsonl"
+// The files of a pass: a line for each spec that has ended, and one for each batch.
+const (
+	endedFile   = "ended.jsonl"
+	batchesFile = "batches.jsonl"
+)
+
+// A batchRecord tells of a batch.
+type batchRecord struct {
+	Specs   int
+	Began   time.Time
+	Seconds float64
+	// Versions are the cluster's.
+	Versions map[string]string
+}
 
 // A Reporter is told of the run.
 type Reporter interface {
@@ -265,7 +280,9 @@ func (s *suite) dir(p pass) string {
 }
 
 // ended are the specs that have ended in a pass.
-func (s *suite) ended(p pass) ([]Spec, error) { return readEnded(filepath.Join(s.dir(p), endedFile)) }
+func (s *suite) ended(p pass) ([]Spec, error) {
+	return readLines[Spec](filepath.Join(s.dir(p), endedFile))
+}
 
 // todo are the chosen specs that have not ended in a pass.
 func (s *suite) todo(p pass) ([]string, error) {
@@ -278,8 +295,8 @@ func (s *suite) todo(p pass) ([]string, error) {
 	}), nil
 }
 
-// readEnded reads a file of specs. A last line that was cut off does not count.
-func readEnded(file string) ([]Spec, error) {
+// readLines reads a file of JSON objects, none where there is no file. A last line that was cut off does not count.
+func readLines[T any](file string) ([]T, error) {
 	f, err := os.Open(file)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -288,11 +305,11 @@ func readEnded(file string) ([]Spec, error) {
 		return nil, err
 	}
 	defer f.Close()
-	var all []Spec
+	var all []T
 	lines := bufio.NewScanner(f)
 	lines.Buffer(nil, 1<<24)
 	for lines.Scan() {
-		var one Spec
+		var one T
 		if json.Unmarshal(lines.Bytes(), &one) == nil {
 			all = append(all, one)
 		}
@@ -365,7 +382,7 @@ func (s *suite) loadImages(ctx context.Context, cluster clusters.Testable) error
 }
 
 // batch is how many specs are run before their outcomes are kept. The suite needs some 20 seconds to begin and end.
-const batch = 40
+const batch = 60
 
 // run has the specs run once that have not ended in this pass.
 func (s *suite) run(ctx context.Context, cluster clusters.Testable, p pass) error {
@@ -381,11 +398,13 @@ func (s *suite) run(ctx context.Context, cluster clusters.Testable, p pass) erro
 	for names := range slices.Chunk(todo, batch) {
 		s.report.Step(fmt.Sprintf("%v: specs %d to %d of %d", p, done+1, done+len(names), len(todo)))
 		done += len(names)
+		record := batchRecord{Specs: len(names), Began: time.Now(), Versions: cluster.Versions()}
 		ended, err := s.runBatch(ctx, cluster, dir, names)
 		if err != nil {
 			return err
 		}
-		if err := appendEnded(filepath.Join(dir, endedFile), ended); err != nil {
+		record.Seconds = time.Since(record.Began).Seconds()
+		if err := errors.Join(appendLines(filepath.Join(dir, batchesFile), record), appendLines(filepath.Join(dir, endedFile), ended...)); err != nil {
 			return err
 		}
 	}
@@ -465,15 +484,15 @@ func outcomes(report []byte) (ended []Spec, err error) {
 	return ended, nil
 }
 
-// appendEnded keeps what has ended.
-func appendEnded(file string, ended []Spec) error {
+// appendLines adds JSON objects to a file.
+func appendLines[T any](file string, objects ...T) error {
 	f, err := os.OpenFile(file, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return err
 	}
 	encoder := json.NewEncoder(f)
-	for _, e := range ended {
-		err = errors.Join(err, encoder.Encode(e))
+	for _, o := range objects {
+		err = errors.Join(err, encoder.Encode(o))
 	}
 	return errors.Join(err, f.Close())
 }

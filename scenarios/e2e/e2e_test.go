@@ -85,6 +85,10 @@ func TestResume(t *testing.T) {
 	ended(pass{"iptables", clusters.IPv4, 1}, passed)
 	ended(pass{"ebpf", clusters.IPv4, 1}, passed+`{"name":"`+s.chosen[0])
 	ended(pass{"ebpf", clusters.IPv4, 2}, failed)
+	record := batchRecord{Specs: 1, Began: time.Now(), Seconds: 90, Versions: map[string]string{"version": "v1.99.0"}}
+	if err := appendLines(filepath.Join(s.dir(pass{"ebpf", clusters.IPv4, 1}), batchesFile), record); err != nil {
+		t.Fatal(err)
+	}
 	for _, test := range []struct {
 		pass
 		want int
@@ -115,7 +119,7 @@ func TestResume(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{`serve \| a basic endpoint | passed | **1 of 2** | no answer |`, "| skipped | skipped | needs a cloud's load balancer |", "\n## IPv4\n", "\n| IPv4 | ebpf | 1 | 1 | 2 | 4 |\n"} {
+	for _, want := range []string{`serve \| a basic endpoint | passed | **1 of 2** | no answer |`, "| skipped | skipped | needs a cloud's load balancer |", "\n## IPv4\n", "\n| IPv4 | ebpf | 1 | 1 | 2 | 1.5 |\n", "version v1.99.0"} {
 		if !strings.Contains(string(page), want) {
 			t.Errorf("the page has no %q:\n%s", want, page)
 		}

@@ -5,11 +5,13 @@ package e2e
 import (
 	"encoding/csv"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
 )
@@ -29,6 +31,7 @@ type row struct {
 // write writes the table and the page of what has ended so far.
 func (s *suite) write() error {
 	var rows []row
+	var batches []passBatch
 	for _, mode := range s.plan.Modes {
 		for _, family := range s.plan.Families {
 			for _, p := range s.passes(mode, family) {
@@ -38,6 +41,13 @@ func (s *suite) write() error {
 				}
 				if len(ended) == 0 {
 					continue
+				}
+				records, err := readLines[batchRecord](filepath.Join(s.dir(p), batchesFile))
+				if err != nil {
+					return err
+				}
+				for _, r := range records {
+					batches = append(batches, passBatch{r, p})
 				}
 				for _, e := range slices.Concat(ended, s.left) {
 					if p.belongs(e.Name) {
@@ -62,7 +72,13 @@ func (s *suite) write() error {
 	if err := w.Error(); err != nil {
 		return fmt.Errorf("write %s: %w", TableFile, err)
 	}
-	return os.WriteFile(filepath.Join(s.plan.Out, PageFile), []byte(page(s.plan.Modes, s.plan.Families, rows)), 0o644)
+	return os.WriteFile(filepath.Join(s.plan.Out, PageFile), []byte(s.page(rows, batches)), 0o644)
+}
+
+// a passBatch is a batch of a pass.
+type passBatch struct {
+	batchRecord
+	pass
 }
 
 // A cell is what came of a spec in a mode's clusters of one family, in all runs.
@@ -85,8 +101,36 @@ func (c *cell) String() string {
 	return fmt.Sprintf("**%d of %d**", c.passed, c.ended)
 }
 
+// about says what was tested with what, and on what.
+func (s *suite) about(batches []passBatch) string {
+	env := s.plan.Environment
+	var versions []string
+	var first, last time.Time
+	for _, b := range batches {
+		for _, name := range slices.Sorted(maps.Keys(b.Versions)) {
+			if word := name + " " + strings.TrimPrefix(b.Versions[name], "Kubernetes "); !slices.Contains(versions, word) {
+				versions = append(versions, word)
+			}
+		}
+		if first.IsZero() || b.Began.Before(first) {
+			first = b.Began
+		}
+		if b.Began.After(last) {
+			last = b.Began
+		}
+	}
+	commit := env.Commit
+	if env.Dirty {
+		commit += " with changes"
+	}
+	return fmt.Sprintf("Kubernetes' own specs in kind clusters of a control plane and %d workers in %d zones, %d specs at a time. %s. On %d × %s, Linux %s, %.0f GiB. plimsoll %s. From %s to %s UTC.\n",
+		workers, zones, s.plan.Processes, strings.Join(versions, ", "), env.NumCPU, env.CPU, env.Kernel, float64(env.MemoryBytes)/(1<<30), commit,
+		first.UTC().Format("2006-01-02 15:04"), last.UTC().Format("2006-01-02 15:04"))
+}
+
 // page are the tables side by side, as Markdown: for each family how often each spec passed in each mode, after a summary.
-func page(modes []string, families []clusters.IPFamily, rows []row) string {
+func (s *suite) page(rows []row, batches []passBatch) string {
+	modes, families := s.plan.Modes, s.plan.Families
 	type key struct {
 		name, mode string
 		family     clusters.IPFamily
@@ -94,7 +138,7 @@ func page(modes []string, families []clusters.IPFamily, rows []row) string {
 	cells := map[key]*cell{}
 	type sum struct {
 		outcomes map[Outcome]int
-		seconds  float64
+		minutes  float64
 	}
 	sums := map[key]*sum{} // without a name
 	for _, r := range rows {
@@ -117,14 +161,17 @@ func page(modes []string, families []clusters.IPFamily, rows []row) string {
 			sums[k] = &sum{outcomes: map[Outcome]int{}}
 		}
 		sums[k].outcomes[r.Outcome]++
-		sums[k].seconds += r.Seconds
+	}
+	for _, r := range batches {
+		sums[key{"", r.mode, r.family}].minutes += r.Seconds / 60
 	}
 	var b strings.Builder
-	b.WriteString("| | mode | passed | failed | skipped | seconds of all specs together |\n|---|---|---|---|---|---|\n")
+	b.WriteString("# Kubernetes' own tests of Services, mode by mode\n\n" + s.about(batches) + "\n")
+	b.WriteString("| | mode | passed | failed | skipped | minutes, without the cluster's making |\n|---|---|---|---|---|---|\n")
 	for _, family := range families {
 		for _, mode := range modes {
 			if s := sums[key{"", mode, family}]; s != nil {
-				fmt.Fprintf(&b, "| %s | %s | %d | %d | %d | %.0f |\n", title(family), mode, s.outcomes[Passed], s.outcomes[Failed], s.outcomes[Skipped], s.seconds)
+				fmt.Fprintf(&b, "| %s | %s | %d | %d | %d | %.1f |\n", title(family), mode, s.outcomes[Passed], s.outcomes[Failed], s.outcomes[Skipped], s.minutes)
 			}
 		}
 	}

@@ -4,7 +4,9 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -38,6 +40,13 @@ func Hold(ctx context.Context, dir string) error {
 	}
 	if err := netlink.LinkSetUp(lo); err != nil {
 		return fmt.Errorf("set lo up: %w", err)
+	}
+	// Where the kernel has br_netfilter, what one container sends another by their network's bridge would pass the engine's rules, which take
+	// what is not for an address of the network's own, but for a pod of a node's, for something that leaves it, and masquerade it.
+	for _, family := range []string{"iptables", "ip6tables", "arptables"} {
+		if err := os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-"+family, []byte("0"), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("leave bridges alone: %w", err)
+		}
 	}
 	if _, err := os.Stdout.WriteString(ready); err != nil {
 		return err
