@@ -21,7 +21,7 @@ import (
 )
 
 func newE2ECommand() *cobra.Command {
-	plan := e2e.Plan{Run: runName(), Modes: []string{"iptables", "nftables", "ebpf"}, Runs: 1, Processes: 2 * runtime.NumCPU()}
+	plan := e2e.Plan{Run: runName(), Modes: []string{"iptables", "nftables", "ebpf"}, Runs: 1, Processes: 6 * runtime.NumCPU()}
 	var families []string
 	for _, family := range clusters.IPFamilies() {
 		families = append(families, string(family))

@@ -11,9 +11,10 @@ import (
 	"github.com/plimsoll-bench/plimsoll/scenarios/e2e"
 )
 
-// someSpecs are a dozen of those by which Kubernetes tests Services, quick ones of each kind.
+// someSpecs are some of those by which Kubernetes tests Services, quick ones of each kind.
 const someSpecs = `Services should (serve (a basic endpoint|endpoints on same port and different protocols|multiport)|be rejected when|allow pods to hairpin|have session affinity work|` +
-	`be able to create a functioning NodePort|respect internalTrafficPolicy=Local Pod to Pod|preserve source pod IP|support externalTrafficPolicy=Local|fallback to local terminating)`
+	`be able to create a functioning NodePort|respect internalTrafficPolicy=Local Pod to Pod|preserve source pod IP|support externalTrafficPolicy=Local|fallback to local terminating|` +
+	`implement NodePort and HealthCheckNodePort)|IPv6DualStack\] should create service with ipv6,v4 cluster ip|Traffic Distribution should route traffic to an endpoint in the same zone when using PreferClose`
 
 // The embedded load balancer passes Kubernetes' own tests of Services.
 func TestE2E(t *testing.T) {

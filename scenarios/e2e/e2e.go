@@ -110,14 +110,14 @@ const (
 	repository  = "localhost/plimsoll-e2e/specs" // that specs are told to take images from
 )
 
-// The files of a pass: a line for each spec that has ended, and one for each batch.
+// The files of a pass: a line for each spec that has ended, and one for each batch of them.
 const (
 	endedFile   = "ended.jsonl"
 	batchesFile = "batches.jsonl"
 )
 
-// A batchRecord tells of a batch.
-type batchRecord struct {
+// A batch is what was run at a stretch.
+type batch struct {
 	Specs   int
 	Began   time.Time
 	Seconds float64
@@ -381,10 +381,7 @@ func (s *suite) loadImages(ctx context.Context, cluster clusters.Testable) error
 	return cluster.LoadImages(ctx, filepath.Join(s.plan.Cache, archiveFile), names)
 }
 
-// batch is how many specs are run before their outcomes are kept. The suite needs some 20 seconds to begin and end.
-const batch = 60
-
-// run has the specs run once that have not ended in this pass.
+// run has the specs run once that have not ended in this pass: at a stretch, because the last of them take minutes in which others could run.
 func (s *suite) run(ctx context.Context, cluster clusters.Testable, p pass) error {
 	dir := s.dir(p)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -394,22 +391,16 @@ func (s *suite) run(ctx context.Context, cluster clusters.Testable, p pass) erro
 	if err != nil {
 		return err
 	}
-	began, done := time.Now(), 0
-	for names := range slices.Chunk(todo, batch) {
-		s.report.Step(fmt.Sprintf("%v: specs %d to %d of %d", p, done+1, done+len(names), len(todo)))
-		done += len(names)
-		record := batchRecord{Specs: len(names), Began: time.Now(), Versions: cluster.Versions()}
-		ended, err := s.runBatch(ctx, cluster, dir, names)
-		if err != nil {
-			return err
-		}
-		record.Seconds = time.Since(record.Began).Seconds()
-		if err := errors.Join(appendLines(filepath.Join(dir, batchesFile), record), appendLines(filepath.Join(dir, endedFile), ended...)); err != nil {
-			return err
-		}
+	s.report.Step(fmt.Sprintf("%v: %d specs", p, len(todo)))
+	record := batch{Specs: len(todo), Began: time.Now(), Versions: cluster.Versions()}
+	ended, err := s.runBatch(ctx, cluster, dir, todo)
+	if err != nil {
+		return err
 	}
-	s.report.Step(fmt.Sprintf("%v: %d specs in %v", p, len(todo), time.Since(began).Round(time.Second)))
-	return nil
+	took := time.Since(record.Began)
+	record.Seconds = took.Seconds()
+	s.report.Step(fmt.Sprintf("%v: done in %v", p, took.Round(time.Second)))
+	return errors.Join(appendLines(filepath.Join(dir, batchesFile), record), appendLines(filepath.Join(dir, endedFile), ended...))
 }
 
 // reportFile is the suite's own report of a batch.

@@ -85,7 +85,7 @@ func TestResume(t *testing.T) {
 	ended(pass{"iptables", clusters.IPv4, 1}, passed)
 	ended(pass{"ebpf", clusters.IPv4, 1}, passed+`{"name":"`+s.chosen[0])
 	ended(pass{"ebpf", clusters.IPv4, 2}, failed)
-	record := batchRecord{Specs: 1, Began: time.Now(), Seconds: 90, Versions: map[string]string{"version": "v1.99.0"}}
+	record := batch{Specs: 1, Began: time.Now(), Seconds: 90, Versions: map[string]string{"version": "v1.99.0"}}
 	if err := appendLines(filepath.Join(s.dir(pass{"ebpf", clusters.IPv4, 1}), batchesFile), record); err != nil {
 		t.Fatal(err)
 	}

@@ -42,7 +42,7 @@ func (s *suite) write() error {
 				if len(ended) == 0 {
 					continue
 				}
-				records, err := readLines[batchRecord](filepath.Join(s.dir(p), batchesFile))
+				records, err := readLines[batch](filepath.Join(s.dir(p), batchesFile))
 				if err != nil {
 					return err
 				}
@@ -77,7 +77,7 @@ func (s *suite) write() error {
 
 // a passBatch is a batch of a pass.
 type passBatch struct {
-	batchRecord
+	batch
 	pass
 }
 
