@@ -29,18 +29,13 @@ func newE2ECommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "e2e",
 		Short: "run Kubernetes' own tests of Services against kind clusters of each mode, and put the outcomes side by side",
-		Long: "E2e makes a kind cluster with two workers for each mode and family, one after another, runs the specs of Kubernetes' end-to-end tests there\n" +
+		Long: "E2e makes a kind cluster of seven nodes for each mode and family, one after another, runs the specs of Kubernetes' end-to-end tests there\n" +
 			"that test Services, and writes " + e2e.TableFile + " and a page with the tables side by side. Given the folder of a run that was cut off, it does\n" +
 			"what is left. make e2e builds what it needs.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			plan.Families = nil
 			for _, word := range families {
-				family := clusters.IPFamily(word)
-				if !slices.Contains(clusters.IPFamilies(), family) {
-					return fmt.Errorf("--families: %q is none of %v", word, clusters.IPFamilies())
-				}
-				plan.Families = append(plan.Families, family)
+				plan.Families = append(plan.Families, clusters.IPFamily(word))
 			}
 			return runE2E(cmd.Context(), plan, cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
@@ -60,7 +55,18 @@ func newE2ECommand() *cobra.Command {
 }
 
 func runE2E(ctx context.Context, plan e2e.Plan, stdout, stderr io.Writer) (err error) {
-	for _, name := range plan.Modes {
+	for i, family := range plan.Families {
+		if !slices.Contains(clusters.IPFamilies(), family) || slices.Contains(plan.Families[:i], family) {
+			return fmt.Errorf("--families: each of %v once at most: %q", clusters.IPFamilies(), family)
+		}
+	}
+	if len(plan.Modes) == 0 || len(plan.Families) == 0 {
+		return errors.New("--modes and --families: at least one of each")
+	}
+	for i, name := range plan.Modes {
+		if slices.Contains(plan.Modes[:i], name) {
+			return fmt.Errorf("--modes: %s stands there twice", name)
+		}
 		mode, err := dataplane.Find(name)
 		if err != nil {
 			return err

@@ -98,7 +98,7 @@ type Plan struct {
 	Static bool
 	// Retain keeps what was made when Create fails, and at Close, and says how to enter it.
 	Retain bool
-	// Workers is how many workers a kind cluster has where one site is alone in it; the site is on the first. 0 is one. Zones are among how many
+	// Workers is how many workers a kind cluster has at least; sites are on the first of them. 0 is one for each site. Zones are among how many
 	// zones they are spread evenly, by label; 0 leaves them without.
 	Workers, Zones int
 	// IPFamily is which addresses a kind cluster's pods and Services have; empty is IPv4. The lab has those that the kernel has.

@@ -295,7 +295,7 @@ const (
 // countTarget counts the instructions of what a client does.
 func (g *counting) countTarget(ctx context.Context, sc Scenario, target string, client *load.Driver, request load.Request) error {
 	tell(sc.Name() + " " + target)
-	// As many as are counted: where nothing was connected for a while, the first hundred or two take some 3,000 instructions more.
+	// As many as are counted: where nothing was ever connected, or not for long, the first hundred or two take some 3,000 instructions more.
 	request.Warmup, request.Timeout = request.Count, connectTimeout
 	request.Alone = true
 	reply, err := client.Do(ctx, request)

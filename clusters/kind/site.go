@@ -225,7 +225,13 @@ func (s *site) keepLog(ctx context.Context) {
 		return
 	}
 	host.Poll(ctx, "the proxy's log", func() (bool, error) {
-		b, err := s.cluster.client.CoreV1().Pods(s.pod.Namespace).GetLogs(s.pod.Name, &corev1.PodLogOptions{}).DoRaw(ctx)
+		pods := s.cluster.client.CoreV1().Pods(systemNamespace)
+		// A test may have had another one started in its place.
+		list, err := pods.List(ctx, metav1.ListOptions{LabelSelector: proxyLabel, FieldSelector: "spec.nodeName=" + s.name})
+		if err != nil || len(list.Items) == 0 {
+			return err == nil, err
+		}
+		b, err := pods.GetLogs(list.Items[0].Name, &corev1.PodLogOptions{}).DoRaw(ctx)
 		if err != nil {
 			return false, err
 		}

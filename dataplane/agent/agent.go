@@ -93,6 +93,9 @@ func (c Config) validate() error {
 			return fmt.Errorf("agent: devices %q: %w", pattern, err)
 		}
 	}
+	if err := c.Conntrack.validate(); err != nil {
+		return err
+	}
 	return c.Local.validate()
 }
 

@@ -7,8 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"time"
 
+	"golang.org/x/sys/unix"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/klog/v2"
 	proxyapi "k8s.io/kubernetes/pkg/proxy/apis/config"
@@ -37,12 +39,25 @@ func DefaultConntrack() Conntrack {
 	return Conntrack{MaxPerCore: 32 << 10, Min: 128 << 10, TCPEstablished: 24 * time.Hour, TCPCloseWait: time.Hour}
 }
 
+func (c Conntrack) validate() error {
+	for _, period := range []time.Duration{c.TCPEstablished, c.TCPCloseWait, c.UDP, c.UDPStream} {
+		if period < 0 || period > 0 && period < time.Second {
+			return fmt.Errorf("agent: %v is none of conntrack's periods, which are seconds", period)
+		}
+	}
+	if c.MaxPerCore < 0 || c.Min < 0 {
+		return errors.New("agent: numbers of tracked connections are not negative")
+	}
+	return nil
+}
+
 // set makes the settings in a network namespace, by kube-proxy's own code.
 func (c Conntrack) set(ctx context.Context, netNS string) error {
 	err := lb.InNetNS(netNS, func() error {
-		// The host's own namespace alone may change how many connections are tracked, which is one number for all.
+		// The host's own network namespace alone may change how many connections are tracked, which is one number for all.
 		most := &proxyapi.KubeProxyConntrackConfiguration{MaxPerCore: &c.MaxPerCore, Min: &c.Min}
-		if err := conntrack.SetSysctls(ctx, most); errors.Is(err, fs.ErrPermission) || errors.Is(err, fs.ErrNotExist) {
+		err := conntrack.SetSysctls(ctx, most)
+		if slices.ContainsFunc([]error{fs.ErrPermission, fs.ErrNotExist, unix.EROFS, unix.EOPNOTSUPP}, func(refusal error) bool { return errors.Is(err, refusal) }) {
 			klog.InfoS("The number of tracked connections stays as the node has it", "reason", err)
 		} else if err != nil {
 			return err

@@ -235,7 +235,7 @@ func (n *network) harmed() bool {
 }
 
 // canaryPeriod is how often the nftables table and the loop are looked for, and what is lacking is tried again. kube-proxy looks for its iptables chains
-// every 30 s.
+// every 30 s. Guests wait for longer before they count (putOff in scenarios): a young table becomes another.
 const canaryPeriod = 10 * time.Second
 
 // restoreNAT brings the nftables table back after somebody has flushed all rules, and makes one whole that is young.

@@ -248,7 +248,9 @@ func TestPacketsOfAHalfClosedConnection(t *testing.T) {
 			return err
 		})
 		return len(left) == 1 && left[0] > 3540 && left[0] <= 3600
-	}, func() string { return fmt.Sprintf("half closed connections are remembered for %d more seconds, want one for an hour", left) })
+	}, func() string {
+		return fmt.Sprintf("half closed connections are remembered for %d more seconds, want one for an hour", left)
+	})
 }
 
 // The node's own processes reach Services while an agent is away, by the next one, and after somebody took the way from them. Where no

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -121,8 +122,8 @@ type batch struct {
 	Specs   int
 	Began   time.Time
 	Seconds float64
-	// Versions are the cluster's.
-	Versions map[string]string
+	// About says with what and on what it was run: a run may be resumed with another program.
+	About string
 }
 
 // A Reporter is told of the run.
@@ -392,21 +393,36 @@ func (s *suite) run(ctx context.Context, cluster clusters.Testable, p pass) erro
 		return err
 	}
 	s.report.Step(fmt.Sprintf("%v: %d specs", p, len(todo)))
-	record := batch{Specs: len(todo), Began: time.Now(), Versions: cluster.Versions()}
+	record := batch{Began: time.Now(), About: s.about(cluster)}
 	ended, err := s.runBatch(ctx, cluster, dir, todo)
-	if err != nil {
-		return err
-	}
 	took := time.Since(record.Began)
-	record.Seconds = took.Seconds()
-	s.report.Step(fmt.Sprintf("%v: done in %v", p, took.Round(time.Second)))
-	return errors.Join(appendLines(filepath.Join(dir, batchesFile), record), appendLines(filepath.Join(dir, endedFile), ended...))
+	record.Specs, record.Seconds = len(ended), took.Seconds()
+	if len(ended) > 0 {
+		err = errors.Join(err, appendLines(filepath.Join(dir, batchesFile), record), appendLines(filepath.Join(dir, endedFile), ended...))
+	}
+	if err == nil {
+		s.report.Step(fmt.Sprintf("%v: done in %v", p, took.Round(time.Second)))
+	}
+	return err
+}
+
+// about says with what specs are run, and on what.
+func (s *suite) about(cluster clusters.Testable) string {
+	env := s.plan.Environment
+	versions := slices.Collect(maps.Values(cluster.Versions()))
+	slices.Sort(versions)
+	commit := env.Commit
+	if env.Dirty {
+		commit += " with changes"
+	}
+	return fmt.Sprintf("%s; a control plane and %d workers in %d zones; %d specs at a time; %d × %s, %.0f GiB, Linux %s; plimsoll %s",
+		strings.Join(versions, ", "), workers, zones, s.plan.Processes, env.NumCPU, env.CPU, float64(env.MemoryBytes)/(1<<30), env.Kernel, commit)
 }
 
 // reportFile is the suite's own report of a batch.
 const reportFile = "report.json"
 
-// runBatch has specs run, and returns how they ended: all of them.
+// runBatch has specs run, and returns how they ended. It is an error where one of them has not.
 func (s *suite) runBatch(ctx context.Context, cluster clusters.Testable, dir string, names []string) ([]Spec, error) {
 	kubeconfig, kubectl := cluster.Administrator()
 	dir, err := filepath.Abs(dir)
@@ -436,19 +452,16 @@ func (s *suite) runBatch(ctx context.Context, cluster clusters.Testable, dir str
 	if err != nil {
 		return nil, fmt.Errorf("the suite left no report, see %s: %w", log, err)
 	}
-	if err := os.Remove(filepath.Join(dir, reportFile)); err != nil { // the next batch's has the same name
-		return nil, err
-	}
 	ended, err := outcomes(b)
 	if err != nil {
 		return nil, err
 	}
 	for _, name := range names {
 		if !slices.ContainsFunc(ended, func(e Spec) bool { return e.Name == name }) {
-			return nil, fmt.Errorf("%q has not ended: see %s", name, log)
+			err = fmt.Errorf("%q has not ended: see %s", name, log)
 		}
 	}
-	return ended, nil
+	return ended, errors.Join(err, os.Remove(filepath.Join(dir, reportFile))) // the next batch's has the same name
 }
 
 // outcomes reads the report of Kubernetes' suite: what was run, and how it ended.

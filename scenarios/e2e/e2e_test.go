@@ -7,6 +7,7 @@ import (
 	"encoding/csv"
 	"encoding/json"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -85,7 +86,7 @@ func TestResume(t *testing.T) {
 	ended(pass{"iptables", clusters.IPv4, 1}, passed)
 	ended(pass{"ebpf", clusters.IPv4, 1}, passed+`{"name":"`+s.chosen[0])
 	ended(pass{"ebpf", clusters.IPv4, 2}, failed)
-	record := batch{Specs: 1, Began: time.Now(), Seconds: 90, Versions: map[string]string{"version": "v1.99.0"}}
+	record := batch{Specs: 1, Began: time.Now(), Seconds: 90, About: "Kubernetes v1.99.0; a machine"}
 	if err := appendLines(filepath.Join(s.dir(pass{"ebpf", clusters.IPv4, 1}), batchesFile), record); err != nil {
 		t.Fatal(err)
 	}
@@ -119,10 +120,74 @@ func TestResume(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{`serve \| a basic endpoint | passed | **1 of 2** | no answer |`, "| skipped | skipped | needs a cloud's load balancer |", "\n## IPv4\n", "\n| IPv4 | ebpf | 1 | 1 | 2 | 1.5 |\n", "version v1.99.0"} {
+	for _, want := range []string{`serve \| a basic endpoint | passed | **1 of 2** | no answer |`, "| skipped | skipped | needs a cloud's load balancer |", "\n## IPv4\n", "\n| IPv4 | ebpf | 1 | 1 | 2 | 1.5 |\n", "\n- Kubernetes v1.99.0; a machine\n"} {
 		if !strings.Contains(string(page), want) {
 			t.Errorf("the page has no %q:\n%s", want, page)
 		}
+	}
+}
+
+// A fakeCluster has programs run on this host.
+type fakeCluster struct{ clusters.Testable }
+
+func (fakeCluster) Versions() map[string]string {
+	return map[string]string{"kubernetes": "Kubernetes v1.99.0"}
+}
+func (fakeCluster) Administrator() (kubeconfig, kubectl string) { return "kubeconfig", "kubectl" }
+
+func (fakeCluster) Start(_ string, argv, env []string, _ string) (clusters.TestProcess, error) {
+	cmd := exec.Command(argv[0], argv[1:]...)
+	cmd.Env = env
+	p := &fakeProcess{done: make(chan struct{})}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	go func() {
+		cmd.Wait()
+		close(p.done)
+	}()
+	return p, nil
+}
+
+type fakeProcess struct{ done chan struct{} }
+
+func (p *fakeProcess) Done() <-chan struct{}       { return p.done }
+func (p *fakeProcess) Close(context.Context) error { return nil }
+
+type silent struct{}
+
+func (silent) Step(string) {}
+
+// Where a spec has not come to its end that is an error; those that have are not run again.
+func TestSpecWithoutAnEnd(t *testing.T) {
+	s := newSuite(t, Plan{Slow: true, Runs: 1, Modes: []string{"ebpf"}, Families: []clusters.IPFamily{clusters.IPv4}, Processes: 3})
+	s.report = silent{}
+	if err := s.choose(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	said, err := json.Marshal([]types.Report{{SpecReports: []types.SpecReport{
+		{ContainerHierarchyTexts: []string{"[sig-network] Services"}, LeafNodeType: types.NodeTypeIt, LeafNodeText: "should serve | a basic endpoint", State: types.SpecStatePassed, NumAttempts: 1},
+	}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	script := "#!/bin/sh\nfor word; do case $word in --output-dir=*) cat >${word#*=}/report.json <<'END'\n" + string(said) + "\nEND\n;; esac; done\n"
+	if err := os.WriteFile(filepath.Join(s.plan.Bin, ginkgoFile), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	p := pass{"ebpf", clusters.IPv4, 1}
+	if err := s.run(t.Context(), fakeCluster{}, p); err == nil || !strings.Contains(err.Error(), s.chosen[0]) {
+		t.Errorf("want an error that names %q, got %v", s.chosen[0], err)
+	}
+	if todo, err := s.todo(p); err != nil || !slices.Equal(todo, s.chosen[:1]) {
+		t.Errorf("left are %q (%v), want %q", todo, err, s.chosen[:1])
+	}
+	if err := s.write(); err != nil {
+		t.Fatal(err)
+	}
+	page, err := os.ReadFile(filepath.Join(s.plan.Out, PageFile))
+	if err != nil || !strings.Contains(string(page), "\n- Kubernetes v1.99.0; a control plane and 6 workers in 3 zones; 3 specs at a time;") {
+		t.Errorf("the page does not say what was tested (%v):\n%s", err, page)
 	}
 }
 

@@ -5,7 +5,6 @@ package e2e
 import (
 	"encoding/csv"
 	"fmt"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -101,31 +100,23 @@ func (c *cell) String() string {
 	return fmt.Sprintf("**%d of %d**", c.passed, c.ended)
 }
 
-// about says what was tested with what, and on what.
-func (s *suite) about(batches []passBatch) string {
-	env := s.plan.Environment
-	var versions []string
+// about says of all batches with what and on what they were run, and when.
+func about(batches []passBatch) string {
+	var all []string
 	var first, last time.Time
 	for _, b := range batches {
-		for _, name := range slices.Sorted(maps.Keys(b.Versions)) {
-			if word := name + " " + strings.TrimPrefix(b.Versions[name], "Kubernetes "); !slices.Contains(versions, word) {
-				versions = append(versions, word)
-			}
+		if !slices.Contains(all, b.About) {
+			all = append(all, b.About)
 		}
 		if first.IsZero() || b.Began.Before(first) {
 			first = b.Began
 		}
-		if b.Began.After(last) {
-			last = b.Began
+		if end := b.Began.Add(time.Duration(b.Seconds * float64(time.Second))); end.After(last) {
+			last = end
 		}
 	}
-	commit := env.Commit
-	if env.Dirty {
-		commit += " with changes"
-	}
-	return fmt.Sprintf("Kubernetes' own specs in kind clusters of a control plane and %d workers in %d zones, %d specs at a time. %s. On %d × %s, Linux %s, %.0f GiB. plimsoll %s. From %s to %s UTC.\n",
-		workers, zones, s.plan.Processes, strings.Join(versions, ", "), env.NumCPU, env.CPU, env.Kernel, float64(env.MemoryBytes)/(1<<30), commit,
-		first.UTC().Format("2006-01-02 15:04"), last.UTC().Format("2006-01-02 15:04"))
+	const minute = "2006-01-02 15:04"
+	return fmt.Sprintf("Kubernetes' own specs in kind clusters, from %s to %s UTC:\n- %s\n", first.UTC().Format(minute), last.UTC().Format(minute), strings.Join(all, "\n- "))
 }
 
 // page are the tables side by side, as Markdown: for each family how often each spec passed in each mode, after a summary.
@@ -166,7 +157,7 @@ func (s *suite) page(rows []row, batches []passBatch) string {
 		sums[key{"", r.mode, r.family}].minutes += r.Seconds / 60
 	}
 	var b strings.Builder
-	b.WriteString("# Kubernetes' own tests of Services, mode by mode\n\n" + s.about(batches) + "\n")
+	b.WriteString("# Kubernetes' own tests of Services, mode by mode\n\n" + about(batches) + "\n")
 	b.WriteString("| | mode | passed | failed | skipped | minutes, without the cluster's making |\n|---|---|---|---|---|---|\n")
 	for _, family := range families {
 		for _, mode := range modes {
@@ -203,7 +194,13 @@ func (s *suite) page(rows []row, batches []passBatch) string {
 
 // title is a family as people write it.
 func title(family clusters.IPFamily) string {
-	return map[clusters.IPFamily]string{clusters.IPv4: "IPv4", clusters.IPv6: "IPv6", clusters.DualStack: "dual-stack"}[family]
+	switch family {
+	case clusters.IPv4:
+		return "IPv4"
+	case clusters.IPv6:
+		return "IPv6"
+	}
+	return "dual-stack"
 }
 
 // escape has text stay in its cell.

@@ -69,7 +69,8 @@ type Request struct {
 	// OneWay has Exchange time the call that sends alone, which on one CPU takes the packet all the way to the receiver's socket.
 	OneWay bool `json:"one_way,omitempty"`
 	// Alone has the client's thread give its processor to nobody but who answers it (SCHED_FIFO), as where there is only one: a server that is
-	// woken would else do its work in the middle of a call that is timed. Connect and Exchange only.
+	// woken would else do its work in the middle of a call that is timed. It waits for a second until they have nothing to do, and for Connect
+	// binds and closes sockets, which leaves the kernel free objects of the kind that connects take. Connect and Exchange only.
 	Alone bool `json:"alone,omitempty"`
 	// Rate is the number of operations due per second; zero is a closed loop. Connect only.
 	Rate float64 `json:"rate,omitempty"`

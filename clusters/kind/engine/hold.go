@@ -42,7 +42,8 @@ func Hold(ctx context.Context, dir string) error {
 		return fmt.Errorf("set lo up: %w", err)
 	}
 	// Where the kernel has br_netfilter, what one container sends another by their network's bridge would pass the engine's rules, which take
-	// what is not for an address of the network's own, but for a pod of a node's, for something that leaves it, and masquerade it.
+	// what is not for an address of the network's own, but for a pod of a node's, for something that leaves it, and masquerade it. The host's own
+	// settings stay: each network namespace has its own (since Linux 5.3).
 	for _, family := range []string{"iptables", "ip6tables", "arptables"} {
 		if err := os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-"+family, []byte("0"), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("leave bridges alone: %w", err)
