@@ -146,6 +146,7 @@ func TestAgentFlagsSayWhatToDo(t *testing.T) {
 		{"metrics on an address of nobody", append(good, "--metrics-bind-address", "198.18.0.1:1"), "serve metrics: listen tcp 198.18.0.1:1: ", false, true},
 		{"capacity", append(good, "--services-capacity", "-1"), "services capacity -1: want 1 to", false, false},
 		{"period", append(good, "--min-sync-period", "-1s"), "minimum sync period -1s is negative", false, false},
+		{"conntrack", append(good, "--conntrack-tcp-timeout-close-wait", "10ms"), "10ms is none of conntrack's periods", false, false},
 		{"a period without a unit", append(good, "--min-sync-period", "10"), "--min-sync-period", false, false},
 		{"no such flag", append(good, "--proxy-mode", "ebpf"), "unknown flag: --proxy-mode (plimsoll agent --help lists the flags)", false, false},
 		{"an argument", append(good, "now"), `unknown command "now"`, false, false},
