@@ -55,18 +55,22 @@ func newE2ECommand() *cobra.Command {
 }
 
 func runE2E(ctx context.Context, plan e2e.Plan, stdout, stderr io.Writer) (err error) {
-	for i, family := range plan.Families {
-		if !slices.Contains(clusters.IPFamilies(), family) || slices.Contains(plan.Families[:i], family) {
-			return fmt.Errorf("--families: each of %v once at most: %q", clusters.IPFamilies(), family)
-		}
-	}
-	if len(plan.Modes) == 0 || len(plan.Families) == 0 {
+	switch {
+	case len(plan.Modes) == 0 || len(plan.Families) == 0:
 		return errors.New("--modes and --families: at least one of each")
+	case twice(plan.Modes):
+		return fmt.Errorf("--modes %v: a mode is named twice", plan.Modes)
+	case twice(plan.Families):
+		return fmt.Errorf("--families %v: one is named twice", plan.Families)
+	case plan.Runs < 1 || plan.Processes < 1:
+		return errors.New("--runs and --processes are at least 1")
 	}
-	for i, name := range plan.Modes {
-		if slices.Contains(plan.Modes[:i], name) {
-			return fmt.Errorf("--modes: %s stands there twice", name)
+	for _, family := range plan.Families {
+		if !slices.Contains(clusters.IPFamilies(), family) {
+			return fmt.Errorf("--families: %q is none of %v", family, clusters.IPFamilies())
 		}
+	}
+	for _, name := range plan.Modes {
 		mode, err := dataplane.Find(name)
 		if err != nil {
 			return err
@@ -74,9 +78,6 @@ func runE2E(ctx context.Context, plan e2e.Plan, stdout, stderr io.Writer) (err e
 		if mode.Floor() == "" {
 			return fmt.Errorf("--modes: nothing carries Services in mode %s", name)
 		}
-	}
-	if plan.Runs < 1 || plan.Processes < 1 {
-		return errors.New("--runs and --processes are at least 1")
 	}
 	if err := findFolders(&plan.Bin, &plan.Cache); err != nil {
 		return err

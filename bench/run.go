@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -240,12 +241,17 @@ func (o *runOptions) completeGuests(cmd *cobra.Command, p profile) {
 	}
 }
 
+// twice tells whether something stands in a list more than once.
+func twice[T cmp.Ordered](list []T) bool {
+	return len(slices.Compact(slices.Sorted(slices.Values(list)))) != len(list)
+}
+
 // check refuses a plan that makes no sense anywhere.
 func check(cmd *cobra.Command, plan *scenarios.Plan) error {
 	switch {
 	case len(plan.Modes) == 0:
 		return errors.New("--modes: at least one is needed (plimsoll list)")
-	case len(slices.Compact(slices.Sorted(slices.Values(plan.Scenarios)))) != len(plan.Scenarios):
+	case twice(plan.Scenarios):
 		return fmt.Errorf("scenarios %v: one is named twice", plan.Scenarios)
 	case plan.Rounds < 1:
 		return fmt.Errorf("--rounds %d: want at least 1", plan.Rounds)
@@ -257,7 +263,7 @@ func check(cmd *cobra.Command, plan *scenarios.Plan) error {
 		return fmt.Errorf("--services %v: want ascending numbers from 1 on", plan.Services)
 	case plan.Services[len(plan.Services)-1] > 65000:
 		return fmt.Errorf("--services %d: the Service range of a lab holds 65000", plan.Services[len(plan.Services)-1])
-	case len(slices.Compact(slices.Sorted(slices.Values(plan.Modes)))) != len(plan.Modes):
+	case twice(plan.Modes):
 		return fmt.Errorf("--modes %v: a mode is named twice", plan.Modes)
 	case plan.Twin != "" && !slices.Contains(plan.Modes, plan.Twin):
 		if cmd.Flags().Changed("twin") {

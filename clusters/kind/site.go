@@ -179,9 +179,14 @@ func (s *site) enterPod(ctx context.Context, name string) (*pod, error) {
 	return p, p.enter(object)
 }
 
+// proxyPod selects the worker's kube-proxy or agent in systemNamespace.
+func (s *site) proxyPod() metav1.ListOptions {
+	return metav1.ListOptions{LabelSelector: proxyLabel, FieldSelector: "spec.nodeName=" + s.name}
+}
+
 // enterProxy waits until the worker's kube-proxy or agent is ready.
 func (s *site) enterProxy(ctx context.Context) error {
-	object, err := s.awaitPod(ctx, systemNamespace, metav1.ListOptions{LabelSelector: proxyLabel, FieldSelector: "spec.nodeName=" + s.name})
+	object, err := s.awaitPod(ctx, systemNamespace, s.proxyPod())
 	if err != nil {
 		return err
 	}
@@ -227,7 +232,7 @@ func (s *site) keepLog(ctx context.Context) {
 	host.Poll(ctx, "the proxy's log", func() (bool, error) {
 		pods := s.cluster.client.CoreV1().Pods(systemNamespace)
 		// A test may have had another one started in its place.
-		list, err := pods.List(ctx, metav1.ListOptions{LabelSelector: proxyLabel, FieldSelector: "spec.nodeName=" + s.name})
+		list, err := pods.List(ctx, s.proxyPod())
 		if err != nil || len(list.Items) == 0 {
 			return err == nil, err
 		}

@@ -119,7 +119,6 @@ const (
 
 // A batch is what was run at a stretch.
 type batch struct {
-	Specs   int
 	Began   time.Time
 	Seconds float64
 	// About says with what and on what it was run: a run may be resumed with another program.
@@ -323,17 +322,21 @@ const workers, zones = 6, 3
 
 // test has the specs run in a mode's clusters of one family that have not.
 func (s *suite) test(ctx context.Context, mode dataplane.Mode, family clusters.IPFamily) (err error) {
-	var passes []pass
+	type work struct {
+		pass
+		specs []string
+	}
+	var left []work
 	for _, p := range s.passes(mode.Name(), family) {
 		todo, err := s.todo(p)
 		if err != nil {
 			return err
 		}
 		if len(todo) > 0 {
-			passes = append(passes, p)
+			left = append(left, work{p, todo})
 		}
 	}
-	if len(passes) == 0 {
+	if len(left) == 0 {
 		s.report.Step(fmt.Sprintf("%s, %s: nothing is left to run", mode.Name(), family))
 		return nil
 	}
@@ -356,8 +359,8 @@ func (s *suite) test(ctx context.Context, mode dataplane.Mode, family clusters.I
 	if err := s.loadImages(ctx, cluster); err != nil {
 		return err
 	}
-	for _, p := range passes {
-		if err := s.run(ctx, cluster, p); err != nil {
+	for _, w := range left {
+		if err := s.run(ctx, cluster, w.pass, w.specs); err != nil {
 			return err
 		}
 	}
@@ -382,21 +385,17 @@ func (s *suite) loadImages(ctx context.Context, cluster clusters.Testable) error
 	return cluster.LoadImages(ctx, filepath.Join(s.plan.Cache, archiveFile), names)
 }
 
-// run has the specs run once that have not ended in this pass: at a stretch, because the last of them take minutes in which others could run.
-func (s *suite) run(ctx context.Context, cluster clusters.Testable, p pass) error {
+// run has specs run that have not ended in this pass: at a stretch, because the last of them take minutes in which others could run.
+func (s *suite) run(ctx context.Context, cluster clusters.Testable, p pass, names []string) error {
 	dir := s.dir(p)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	todo, err := s.todo(p)
-	if err != nil {
-		return err
-	}
-	s.report.Step(fmt.Sprintf("%v: %d specs", p, len(todo)))
+	s.report.Step(fmt.Sprintf("%v: %d specs", p, len(names)))
 	record := batch{Began: time.Now(), About: s.about(cluster)}
-	ended, err := s.runBatch(ctx, cluster, dir, todo)
+	ended, err := s.runBatch(ctx, cluster, dir, names)
 	took := time.Since(record.Began)
-	record.Specs, record.Seconds = len(ended), took.Seconds()
+	record.Seconds = took.Seconds()
 	if len(ended) > 0 {
 		err = errors.Join(err, appendLines(filepath.Join(dir, batchesFile), record), appendLines(filepath.Join(dir, endedFile), ended...))
 	}

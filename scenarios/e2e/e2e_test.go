@@ -86,7 +86,7 @@ func TestResume(t *testing.T) {
 	ended(pass{"iptables", clusters.IPv4, 1}, passed)
 	ended(pass{"ebpf", clusters.IPv4, 1}, passed+`{"name":"`+s.chosen[0])
 	ended(pass{"ebpf", clusters.IPv4, 2}, failed)
-	record := batch{Specs: 1, Began: time.Now(), Seconds: 90, About: "Kubernetes v1.99.0; a machine"}
+	record := batch{Began: time.Now(), Seconds: 90, About: "Kubernetes v1.99.0; a machine"}
 	if err := appendLines(filepath.Join(s.dir(pass{"ebpf", clusters.IPv4, 1}), batchesFile), record); err != nil {
 		t.Fatal(err)
 	}
@@ -176,7 +176,11 @@ func TestSpecWithoutAnEnd(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := pass{"ebpf", clusters.IPv4, 1}
-	if err := s.run(t.Context(), fakeCluster{}, p); err == nil || !strings.Contains(err.Error(), s.chosen[0]) {
+	names, err := s.todo(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.run(t.Context(), fakeCluster{}, p, names); err == nil || !strings.Contains(err.Error(), s.chosen[0]) {
 		t.Errorf("want an error that names %q, got %v", s.chosen[0], err)
 	}
 	if todo, err := s.todo(p); err != nil || !slices.Equal(todo, s.chosen[:1]) {
