@@ -128,7 +128,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, balancer.Close()) }()
-	if err := balancer.KeepNAT(); err != nil { // frontends over SCTP want it
+	if err := keepNAT(balancer); err != nil { // frontends over SCTP want it
 		return err
 	}
 	if cfg.Snapshot != "" {

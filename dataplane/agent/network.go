@@ -245,12 +245,29 @@ func (n *network) restoreNAT() {
 		klog.InfoS("The agent's nftables table was removed by somebody: installed anew")
 	}
 	if err == nil && !(has && n.balancer.DropsInvalid()) {
-		err = n.balancer.KeepNAT()
+		err = keepNAT(n.balancer)
 	}
 	n.lack(nat, err)
 	if err != nil {
 		klog.ErrorS(err, "The agent's nftables table may be missing: packets are not translated without it")
 	}
+}
+
+// keepNAT installs the nftables table. Where what is invalid is dropped from now on, nothing is that conntrack took the wrong way when it began.
+func keepNAT(balancer *lb.Balancer) error {
+	dropped := balancer.DropsInvalid()
+	if err := balancer.KeepNAT(); err != nil {
+		return err
+	}
+	if dropped || !balancer.DropsInvalid() {
+		return nil
+	}
+	if forgotten, err := balancer.ForgetPickedUp(); err != nil {
+		klog.ErrorS(err, "A client that uses the port of a connection from before this agent again may wait some seconds for an answer")
+	} else if forgotten > 0 {
+		klog.InfoS("Connection tracking has forgotten connections that were there before it and have been reset", "connections", forgotten)
+	}
+	return nil
 }
 
 // keepLoop has the node's own processes reach Services by packets. Where that cannot be the others do all the same.

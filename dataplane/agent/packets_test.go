@@ -3,6 +3,7 @@
 package agent_test
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -444,6 +445,64 @@ func TestOneClientBothWays(t *testing.T) {
 			t.Errorf("by packets %s answers at %s, and at the socket %v", server, address, got.Answers)
 		}
 	}
+}
+
+// Of a connection that was there before conntrack, its server may be the first that conntrack sees. When it is over, its client's port is as good
+// as any other.
+func TestPortOfAConnectionFromBefore(t *testing.T) {
+	r := newPacketRig(t)
+	var listener net.Listener
+	r.here.Enter(t, func() (err error) {
+		listener, err = net.Listen("tcp", hereIP+":0")
+		return err
+	})
+	defer listener.Close()
+	connect := func() (client, server net.Conn) {
+		t.Helper()
+		r.pod.Enter(t, func() (err error) {
+			dialer := net.Dialer{Timeout: 2 * time.Second, LocalAddr: &net.TCPAddr{IP: net.ParseIP(clientIP), Port: 20000}}
+			client, err = dialer.Dial("tcp", listener.Addr().String())
+			return err
+		})
+		server, err := listener.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { client.Close(); server.Close() })
+		return client, server
+	}
+	say := func(from, to net.Conn) {
+		t.Helper()
+		if err := to.SetDeadline(time.Now().Add(2 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		_, err := from.Write([]byte{'!'})
+		if _, heard := to.Read(make([]byte, 1)); err != nil || heard != nil {
+			t.Fatalf("say: %v, hear: %v", err, heard)
+		}
+	}
+	reset := func(client net.Conn) {
+		t.Helper()
+		if err := errors.Join(client.(*net.TCPConn).SetLinger(0), client.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ready := func() {
+		t.Helper()
+		r.eventually(func() bool { code, _ := r.get(r.health, "/healthz"); return code == http.StatusOK }, func() string { return "not healthy" })
+	}
+
+	client, server := connect()
+	end := r.run(r.config())
+	ready()
+	say(server, client)
+	reset(client)
+	end()
+	r.run(r.config()) // which drops what is invalid, as the one before did not yet
+	ready()
+	client, server = connect()
+	say(server, client)
+	say(client, server)
 }
 
 // An agent that looks at packets takes over from one that looked at sockets, and the other way round, and no client notices.
