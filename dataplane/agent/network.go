@@ -253,21 +253,19 @@ func (n *network) restoreNAT() {
 	}
 }
 
-// keepNAT installs the nftables table. Where what is invalid is dropped from now on, nothing is that conntrack took the wrong way when it began.
+// keepNAT installs the nftables table. Before that drops what is invalid, and while nothing is lost by it, connection tracking forgets what
+// would make it so.
 func keepNAT(balancer *lb.Balancer) error {
-	dropped := balancer.DropsInvalid()
-	if err := balancer.KeepNAT(); err != nil {
-		return err
+	if has, err := balancer.HasNAT(); err == nil && has && !balancer.DropsInvalid() {
+		forgotten, err := balancer.ForgetPickedUp()
+		if err != nil {
+			klog.ErrorS(err, "Connections from before connection tracking not forgotten: a client that takes the port of one again may wait some seconds")
+		}
+		if forgotten > 0 {
+			klog.InfoS("Connection tracking has forgotten connections that it met in their middle and that were reset", "connections", forgotten)
+		}
 	}
-	if dropped || !balancer.DropsInvalid() {
-		return nil
-	}
-	if forgotten, err := balancer.ForgetPickedUp(); err != nil {
-		klog.ErrorS(err, "A client that uses the port of a connection from before this agent again may wait some seconds for an answer")
-	} else if forgotten > 0 {
-		klog.InfoS("Connection tracking has forgotten connections that were there before it and have been reset", "connections", forgotten)
-	}
-	return nil
+	return balancer.KeepNAT()
 }
 
 // keepLoop has the node's own processes reach Services by packets. Where that cannot be the others do all the same.

@@ -447,9 +447,10 @@ func TestOneClientBothWays(t *testing.T) {
 	}
 }
 
-// Of a connection that was there before conntrack, its server may be the first that conntrack sees. When it is over, its client's port is as good
-// as any other.
+// Of a connection that was there before conntrack, its server may be the first that conntrack sees. When it has been reset, its client's port is
+// as good as any other; others go on.
 func TestPortOfAConnectionFromBefore(t *testing.T) {
+	log := agent.StartLogs(t)
 	r := newPacketRig(t)
 	var listener net.Listener
 	r.here.Enter(t, func() (err error) {
@@ -457,10 +458,10 @@ func TestPortOfAConnectionFromBefore(t *testing.T) {
 		return err
 	})
 	defer listener.Close()
-	connect := func() (client, server net.Conn) {
+	connect := func(port int) (client, server net.Conn) {
 		t.Helper()
 		r.pod.Enter(t, func() (err error) {
-			dialer := net.Dialer{Timeout: 2 * time.Second, LocalAddr: &net.TCPAddr{IP: net.ParseIP(clientIP), Port: 20000}}
+			dialer := net.Dialer{Timeout: 2 * time.Second, LocalAddr: &net.TCPAddr{IP: net.ParseIP(clientIP), Port: port}}
 			client, err = dialer.Dial("tcp", listener.Addr().String())
 			return err
 		})
@@ -481,28 +482,39 @@ func TestPortOfAConnectionFromBefore(t *testing.T) {
 			t.Fatalf("say: %v, hear: %v", err, heard)
 		}
 	}
-	reset := func(client net.Conn) {
-		t.Helper()
-		if err := errors.Join(client.(*net.TCPConn).SetLinger(0), client.Close()); err != nil {
-			t.Fatal(err)
-		}
-	}
 	ready := func() {
 		t.Helper()
 		r.eventually(func() bool { code, _ := r.get(r.health, "/healthz"); return code == http.StatusOK }, func() string { return "not healthy" })
 	}
 
-	client, server := connect()
+	reset, before := connect(20000)
+	lasting, after := connect(20001)
 	end := r.run(r.config())
 	ready()
-	say(server, client)
-	reset(client)
+	say(before, reset)
+	say(after, lasting)
+	say(lasting, after)
+	if err := errors.Join(reset.(*net.TCPConn).SetLinger(0), reset.Close()); err != nil {
+		t.Fatal(err)
+	}
 	end()
 	r.run(r.config()) // which drops what is invalid, as the one before did not yet
 	ready()
-	client, server = connect()
+	if line := "Connection tracking has forgotten connections that it met in their middle and that were reset\" connections=1"; log.Count(line) != 1 {
+		t.Errorf("want %q once: %s", line, log)
+	}
+	client, server := connect(20000)
 	say(server, client)
 	say(client, server)
+	if err := lasting.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := after.SetDeadline(time.Now().Add(2 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := after.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("a connection that was not reset: want its end, got %v", err)
+	}
 }
 
 // An agent that looks at packets takes over from one that looked at sockets, and the other way round, and no client notices.

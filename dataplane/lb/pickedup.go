@@ -3,6 +3,7 @@
 package lb
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 
@@ -10,18 +11,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What conntrack says of a TCP connection (include/uapi/linux/netfilter/nfnetlink_conntrack.h and nf_conntrack_tcp.h).
-const (
-	ctaProtoInfoTCP              = 1 // CTA_PROTOINFO_TCP
-	ctaProtoInfoTCPState         = 1
-	ctaProtoInfoTCPFlagsOriginal = 4
-	beLiberal                    = 0x08 // IP_CT_TCP_FLAG_BE_LIBERAL: of what it met in its middle
-)
+// beLiberal is a flag of what conntrack met in its middle: IP_CT_TCP_FLAG_BE_LIBERAL (include/uapi/linux/netfilter/nf_conntrack_tcp.h).
+const beLiberal = 0x08
 
-// ForgetPickedUp has conntrack forget the TCP connections that were there before it and have been reset since, and returns how many.
+// ForgetPickedUp has conntrack forget the TCP connections that it met in their middle and that have been reset since, and returns how many.
+// It is for the time before KeepNAT drops what is invalid. Errors wrap ErrNotSupported where the kernel has no conntrack by netlink.
 //
-// It takes whoever it sees first for the client. Where that was the server, what the true client begins from the same port is invalid for as
-// long as the entry stays: nf_conntrack_tcp_timeout_close, 10 s, which begins anew with each such connection. KeepNAT has it dropped.
+// Where conntrack begins it takes whoever it sees first for the client (tcp_new in net/netfilter/nf_conntrack_proto_tcp.c). Where that was the
+// server, and the connection was reset, a SYN of its true client is invalid for nf_conntrack_tcp_timeout_close, 10 s, after the entry's last packet
+// (tcp_conntracks: a SYN of the answering side in the state CLOSE).
 func (b *Balancer) ForgetPickedUp() (forgotten int, err error) {
 	if b.options.Packets == nil {
 		return 0, nil
@@ -32,13 +30,16 @@ func (b *Balancer) ForgetPickedUp() (forgotten int, err error) {
 		dump.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_UNSPEC, Version: nl.NFNETLINK_V0})
 		err := dump.ExecuteIter(unix.NETLINK_NETFILTER, 0, func(entry []byte) bool {
 			if isPickedUp(entry) {
-				entries = append(entries, entry)
+				entries = append(entries, bytes.Clone(entry))
 			}
 			return true
 		})
-		if err != nil && !errors.Is(err, nl.ErrDumpInterrupted) { // what came while the table changed is true all the same
+		if errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("%w: conntrack by netlink (CONFIG_NF_CT_NETLINK): %w", ErrNotSupported, err)
+		} else if err != nil && !errors.Is(err, nl.ErrDumpInterrupted) { // what came while the table changed is true all the same
 			return err
 		}
+		var errs []error
 		for _, entry := range entries {
 			// It has the entry's id, so that another one from the same port stays.
 			request := conntrackRequest(nl.IPCTNL_MSG_CT_DELETE, unix.NLM_F_ACK)
@@ -46,10 +47,10 @@ func (b *Balancer) ForgetPickedUp() (forgotten int, err error) {
 			if _, err := request.Execute(unix.NETLINK_NETFILTER, 0); err == nil {
 				forgotten++
 			} else if !errors.Is(err, unix.ENOENT) {
-				return err
+				errs = append(errs, err)
 			}
 		}
-		return nil
+		return errors.Join(errs...)
 	})
 	if err != nil {
 		err = fmt.Errorf("packet path: forget connections from before conntrack: %w", err)
@@ -66,8 +67,12 @@ func isPickedUp(entry []byte) bool {
 	if len(entry) < nl.SizeofNfgenmsg {
 		return false
 	}
-	tcp := attribute(attribute(entry[nl.SizeofNfgenmsg:], nl.CTA_PROTOINFO), ctaProtoInfoTCP)
-	state, flags := attribute(tcp, ctaProtoInfoTCPState), attribute(tcp, ctaProtoInfoTCPFlagsOriginal)
+	attributes := entry[nl.SizeofNfgenmsg:]
+	if attribute(attributes, nl.CTA_TUPLE_ORIG) == nil { // a request without one has all entries forgotten
+		return false
+	}
+	tcp := attribute(attribute(attributes, nl.CTA_PROTOINFO), nl.CTA_PROTOINFO_TCP)
+	state, flags := attribute(tcp, nl.CTA_PROTOINFO_TCP_STATE), attribute(tcp, nl.CTA_PROTOINFO_TCP_FLAGS_ORIGINAL)
 	return len(state) > 0 && state[0] == nl.TCP_CONNTRACK_CLOSE && len(flags) > 0 && flags[0]&beLiberal != 0
 }
 
