@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/plimsoll-bench/plimsoll/clusters/kind"
 	"github.com/plimsoll-bench/plimsoll/clusters/kind/kindtest"
 	"github.com/plimsoll-bench/plimsoll/scenarios/e2e"
 )
@@ -24,6 +25,9 @@ func TestE2E(t *testing.T) {
 	}
 	program := filepath.Join(bin, "plimsoll") // pods run it, too
 	_, cache := kindtest.Engine(t, program)
+	if err := kind.Enough(e2e.Nodes, 0); err != nil {
+		t.Skip(err)
+	}
 	if err := e2e.Parts(bin, cache); err != nil {
 		t.Skip(err)
 	}

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -28,7 +29,7 @@ import (
 )
 
 // A kind cluster without kube-proxy: a Service with a selector is reached from a pod, from its node and from another node, and again
-// after the node was restarted.
+// after the agents and the node were restarted.
 func TestKindClusterOnEBPF(t *testing.T) {
 	program, err := filepath.Abs("../bin/plimsoll")
 	if err != nil {
@@ -97,6 +98,25 @@ func TestKindClusterOnEBPF(t *testing.T) {
 	if err != nil || reply.Answered["web"] != 20 {
 		t.Errorf("from a pod: %v, %v", reply, err)
 	}
+	// A restart of the agents is none to who connects.
+	agents := metav1.ListOptions{LabelSelector: "app=plimsoll-agent"}
+	former := mustListReady(t, client, agents)
+	if err := client.CoreV1().Pods(metav1.NamespaceSystem).DeleteCollection(t.Context(), metav1.DeleteOptions{}, agents); err != nil {
+		t.Fatal(err)
+	}
+	for until := time.Now().Add(time.Minute); ; {
+		reply, err = pod.Do(t.Context(), load.Request{Kind: load.Identify, Addresses: []netip.AddrPort{address}, Count: 20, Timeout: 2 * time.Second})
+		if err != nil || reply.Answered["web"] != 20 {
+			t.Fatalf("while the agents restart: %v, %v", reply, err)
+		}
+		now := mustListReady(t, client, agents)
+		if len(now) == len(former) && !slices.ContainsFunc(now, func(name string) bool { return slices.Contains(former, name) }) {
+			break
+		}
+		if time.Now().After(until) {
+			t.Fatalf("agents %v were to follow %v", now, former)
+		}
+	}
 	if err := p.Close(t.Context()); err != nil {
 		t.Error(err)
 	}
@@ -113,6 +133,21 @@ func TestKindClusterOnEBPF(t *testing.T) {
 	for _, node := range []string{control, worker} {
 		mustAnswer(t, e, node, address, 3*time.Minute)
 	}
+}
+
+// mustListReady lists pods that are ready.
+func mustListReady(t *testing.T, client kubernetes.Interface, which metav1.ListOptions) (names []string) {
+	t.Helper()
+	pods, err := client.CoreV1().Pods("").List(t.Context(), which)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range pods.Items {
+		if slices.ContainsFunc(p.Status.Conditions, func(c corev1.PodCondition) bool { return c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue }) {
+			names = append(names, p.Name)
+		}
+	}
+	return names
 }
 
 // mustServeName makes a pod on the node that answers with the name "web", and a Service that selects it, and returns the Service's

@@ -296,6 +296,31 @@ func (c *cluster) Versions() map[string]string {
 	return map[string]string{"kubernetes": "Kubernetes " + c.kubernetes, "node image": c.world.image, "engine": c.world.engine.Kind}
 }
 
+// bpfMount is the unit by which a node's systemd mounts a bpffs, each time that the node starts.
+//
+// Note: not at /sys/fs/bpf, where hosts have theirs. systemd keeps that to itself, and mounts it in no container.
+const bpfMount = `[Unit]
+Before=kubelet.service
+[Mount]
+What=bpf
+Where=/run/bpf
+Type=bpf
+Options=mode=700
+[Install]
+WantedBy=multi-user.target
+`
+
+// mountBPF gives each node a bpffs, where an agent's maps and programs stay while it restarts.
+func (c *cluster) mountBPF(ctx context.Context) error {
+	for _, n := range c.nodes() {
+		command := n.kind.CommandContext(ctx, "sh", "-c", "cat >/etc/systemd/system/run-bpf.mount && systemctl --quiet enable --now run-bpf.mount")
+		if err := command.SetStdin(strings.NewReader(bpfMount)).Run(); err != nil {
+			return fmt.Errorf("mount a bpffs in %s: %w", n.name, explain(err))
+		}
+	}
+	return nil
+}
+
 // Pause stops the control plane's node where it stands.
 func (c *cluster) Pause(ctx context.Context, paused bool) error {
 	return c.control.cgroup.Freeze(ctx, paused)

@@ -164,10 +164,10 @@ func TestSupportsSaysWhatKindCannot(t *testing.T) {
 }
 
 func TestEnoughSaysWhatIsWanting(t *testing.T) {
-	if err := enough(1, 0); err != nil {
+	if err := Enough(1, 0); err != nil {
 		t.Skipf("this host is too small for one node: %v", err)
 	}
-	err := enough(1_000_000, 0)
+	err := Enough(1_000_000, 0)
 	if err == nil || !strings.Contains(err.Error(), "name fewer --modes") || strings.Contains(err.Error(), "\n") {
 		t.Errorf("a million nodes: %v", err)
 	}

@@ -67,6 +67,11 @@ func (s *site) populate(ctx context.Context) error {
 			return err
 		}
 	}
+	if s.spec.Agent {
+		if err := s.cluster.mountBPF(ctx); err != nil {
+			return err
+		}
+	}
 	if err := s.apply(ctx); err != nil {
 		return err
 	}

@@ -320,6 +320,9 @@ func readLines[T any](file string) ([]T, error) {
 // The specs of traffic distribution want three zones of two workers each, and one of health checks three workers.
 const workers, zones = 6, 3
 
+// Nodes is how many nodes a cluster has.
+const Nodes = workers + 1
+
 // test has the specs run in a mode's clusters of one family that have not.
 func (s *suite) test(ctx context.Context, mode dataplane.Mode, family clusters.IPFamily) (err error) {
 	type work struct {
@@ -385,24 +388,45 @@ func (s *suite) loadImages(ctx context.Context, cluster clusters.Testable) error
 	return cluster.LoadImages(ctx, filepath.Join(s.plan.Cache, archiveFile), names)
 }
 
-// run has specs run that have not ended in this pass: at a stretch, because the last of them take minutes in which others could run.
+// disruptive are the specs that restart proxies and API servers, under others' feet.
+var disruptive = regexp.MustCompile(`\[Disruptive\]`)
+
+// run has specs run that have not ended in this pass: at a stretch, because the last of them take minutes in which others could run, and then
+// those that disturb others, one by one.
 func (s *suite) run(ctx context.Context, cluster clusters.Testable, p pass, names []string) error {
 	dir := s.dir(p)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	s.report.Step(fmt.Sprintf("%v: %d specs", p, len(names)))
+	alone := slices.DeleteFunc(slices.Clone(names), func(name string) bool { return !disruptive.MatchString(name) })
+	together := slices.DeleteFunc(slices.Clone(names), disruptive.MatchString)
+	for _, batch := range []struct {
+		specs     []string
+		processes int
+	}{{together, s.plan.Processes}, {alone, 1}} {
+		if len(batch.specs) == 0 {
+			continue
+		}
+		s.report.Step(fmt.Sprintf("%v: %d specs, %d at a time", p, len(batch.specs), batch.processes))
+		took, err := s.runBatch(ctx, cluster, dir, batch.specs, batch.processes)
+		if err != nil {
+			return err
+		}
+		s.report.Step(fmt.Sprintf("%v: done in %v", p, took.Round(time.Second)))
+	}
+	return nil
+}
+
+// runBatch has specs run, so many at a time, and keeps how they ended.
+func (s *suite) runBatch(ctx context.Context, cluster clusters.Testable, dir string, names []string, processes int) (took time.Duration, err error) {
 	record := batch{Began: time.Now(), About: s.about(cluster)}
-	ended, err := s.runBatch(ctx, cluster, dir, names)
-	took := time.Since(record.Began)
+	ended, err := s.runGinkgo(ctx, cluster, dir, names, processes)
+	took = time.Since(record.Began)
 	record.Seconds = took.Seconds()
 	if len(ended) > 0 {
 		err = errors.Join(err, appendLines(filepath.Join(dir, batchesFile), record), appendLines(filepath.Join(dir, endedFile), ended...))
 	}
-	if err == nil {
-		s.report.Step(fmt.Sprintf("%v: done in %v", p, took.Round(time.Second)))
-	}
-	return err
+	return took, err
 }
 
 // about says with what specs are run, and on what.
@@ -414,22 +438,22 @@ func (s *suite) about(cluster clusters.Testable) string {
 	if env.Dirty {
 		commit += " with changes"
 	}
-	return fmt.Sprintf("%s; a control plane and %d workers in %d zones; %d specs at a time; %d × %s, %.0f GiB, Linux %s; plimsoll %s",
+	return fmt.Sprintf("%s; a control plane and %d workers in %d zones; %d specs at a time, those that disturb others one by one; %d × %s, %.0f GiB, Linux %s; plimsoll %s",
 		strings.Join(versions, ", "), workers, zones, s.plan.Processes, env.NumCPU, env.CPU, float64(env.MemoryBytes)/(1<<30), env.Kernel, commit)
 }
 
 // reportFile is the suite's own report of a batch.
 const reportFile = "report.json"
 
-// runBatch has specs run, and returns how they ended. It is an error where one of them has not.
-func (s *suite) runBatch(ctx context.Context, cluster clusters.Testable, dir string, names []string) ([]Spec, error) {
+// runGinkgo has specs run, and returns how they ended. It is an error where one of them has not.
+func (s *suite) runGinkgo(ctx context.Context, cluster clusters.Testable, dir string, names []string, processes int) ([]Spec, error) {
 	kubeconfig, kubectl := cluster.Administrator()
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return nil, err
 	}
 	argv := []string{
-		filepath.Join(s.plan.Bin, ginkgoFile), "run", "--no-color", "--timeout=6h", "--silence-skips", "--keep-going", "--procs=" + strconv.Itoa(s.plan.Processes),
+		filepath.Join(s.plan.Bin, ginkgoFile), "run", "--no-color", "--timeout=6h", "--silence-skips", "--keep-going", "--procs=" + strconv.Itoa(processes),
 		"--output-dir=" + dir, "--json-report=" + reportFile,
 	}
 	for _, name := range names {

@@ -190,8 +190,33 @@ func TestSpecWithoutAnEnd(t *testing.T) {
 		t.Fatal(err)
 	}
 	page, err := os.ReadFile(filepath.Join(s.plan.Out, PageFile))
-	if err != nil || !strings.Contains(string(page), "\n- Kubernetes v1.99.0; a control plane and 6 workers in 3 zones; 3 specs at a time;") {
+	if err != nil || !strings.Contains(string(page), "\n- Kubernetes v1.99.0; a control plane and 6 workers in 3 zones; 3 specs at a time, those that disturb others one by one;") {
 		t.Errorf("the page does not say what was tested (%v):\n%s", err, page)
+	}
+}
+
+// Specs that restart what others need run when these have ended.
+func TestDisruptiveSpecsRunByThemselves(t *testing.T) {
+	s := newSuite(t, Plan{Slow: true, Runs: 1, Modes: []string{"ebpf"}, Families: []clusters.IPFamily{clusters.IPv4}, Processes: 3})
+	s.report = silent{}
+	calls := filepath.Join(s.plan.Bin, "calls")
+	script := "#!/bin/sh\necho \"$*\" >>" + calls + "\nfor word; do case $word in --output-dir=*) echo '[]' >${word#*=}/report.json;; esac; done\n"
+	if err := os.WriteFile(filepath.Join(s.plan.Bin, ginkgoFile), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	const restart = "should work after a restart [Disruptive]"
+	for _, names := range [][]string{{restart}, {"should serve", restart}} {
+		if err := s.run(t.Context(), fakeCluster{}, pass{"ebpf", clusters.IPv4, 1}, names); err == nil {
+			t.Error("no spec has ended, and that is no error")
+		}
+	}
+	b, err := os.ReadFile(calls)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
+	if len(lines) != 2 || !strings.Contains(lines[0], "--procs=1 ") || !strings.Contains(lines[0], "restart") || !strings.Contains(lines[1], "--procs=3 ") || strings.Contains(lines[1], "restart") {
+		t.Errorf("Ginkgo was called so:\n%s", b)
 	}
 }
 
