@@ -31,6 +31,9 @@ const (
 	NodeInotify = 12        // inotify instances of root: the kubelet's seven, systemd's three, containerd's two; kube-proxy's one is apart
 )
 
+// fewer is what to do where several modes stand side by side and the host has too little of something.
+const fewer = "name fewer --modes where several stand side by side"
+
 // Enough says in one line what the host lacks for so many nodes, on so many of which kube-proxy runs.
 func Enough(nodes, proxies int) error {
 	memory, err := host.AvailableMemory()
@@ -38,14 +41,14 @@ func Enough(nodes, proxies int) error {
 		return err
 	}
 	if want := uint64(nodes) * nodeMemory; want > memory {
-		return fmt.Errorf("%d nodes want %.1f GiB of memory, %.1f are available: free some, or name fewer --modes where several stand side by side", nodes, gib(want), gib(memory))
+		return fmt.Errorf("%d nodes want %.1f GiB of memory, %.1f are available: free some, or %s", nodes, gib(want), gib(memory), fewer)
 	}
 	var disk unix.Statfs_t
 	if err := unix.Statfs("/var", &disk); err != nil {
 		return err
 	}
 	if want, free := uint64(nodes)*nodeDisk, disk.Bavail*uint64(disk.Bsize); want > free {
-		return fmt.Errorf("%d nodes want %.1f GiB of disk, %.1f are free: free some, or name fewer --modes where several stand side by side", nodes, gib(want), gib(free))
+		return fmt.Errorf("%d nodes want %.1f GiB of disk, %.1f are free: free some, or %s", nodes, gib(want), gib(free), fewer)
 	}
 	// A node that gets none starts and fails in ways that nobody would trace to this.
 	limit, used, err := Inotify()
@@ -53,7 +56,7 @@ func Enough(nodes, proxies int) error {
 		return err
 	}
 	if want := nodes*NodeInotify + proxies; want > limit-used {
-		return fmt.Errorf("%d nodes want %d inotify instances, and of root's %d on this host %d are free: sysctl -w fs.inotify.max_user_instances=1024, or name fewer --modes where several stand side by side", nodes, want, limit, limit-used)
+		return fmt.Errorf("%d nodes want %d inotify instances, and of root's %d on this host %d are free: sysctl -w fs.inotify.max_user_instances=1024, or %s", nodes, want, limit, limit-used, fewer)
 	}
 	return nil
 }

@@ -170,6 +170,12 @@ func (r *rig) wantsError(network, address string, number unix.Errno) {
 	}, func() string { return fmt.Sprintf("%s %s: want %q, got %+v", network, address, number, got) })
 }
 
+// healthy waits until the agent says that it is.
+func (r *rig) healthy() {
+	r.Helper()
+	r.eventually(func() bool { code, _ := r.get(r.health, "/healthz"); return code == http.StatusOK }, func() string { return "not healthy" })
+}
+
 func (r *rig) eventually(condition func() bool, otherwise func() string) {
 	r.Helper()
 	tick, late := time.NewTicker(5*time.Millisecond), time.After(cmp.Or(r.patience, 5*time.Second))

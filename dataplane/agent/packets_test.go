@@ -8,7 +8,6 @@ import (
 	"io"
 	"maps"
 	"net"
-	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -345,7 +344,7 @@ func TestIPv6IsOff(t *testing.T) {
 		if slices.ContainsFunc(report.Reasons, func(s string) bool { return strings.HasPrefix(s, "IPv6: it is off on this node") }) != off {
 			t.Errorf("off: %v, and status gives these reasons: %q", off, report.Reasons)
 		}
-		r.eventually(func() bool { code, _ := r.get(r.health, "/healthz"); return code == http.StatusOK }, func() string { return "not healthy" })
+		r.healthy()
 	}
 	node := r.itself()
 	says(true, "IPv6 is off on this node")
@@ -482,15 +481,11 @@ func TestPortOfAConnectionFromBefore(t *testing.T) {
 			t.Fatalf("say: %v, hear: %v", err, heard)
 		}
 	}
-	ready := func() {
-		t.Helper()
-		r.eventually(func() bool { code, _ := r.get(r.health, "/healthz"); return code == http.StatusOK }, func() string { return "not healthy" })
-	}
 
 	reset, before := connect(20000)
 	lasting, after := connect(20001)
 	end := r.run(r.config())
-	ready()
+	r.healthy()
 	say(before, reset)
 	say(after, lasting)
 	say(lasting, after)
@@ -499,7 +494,7 @@ func TestPortOfAConnectionFromBefore(t *testing.T) {
 	}
 	end()
 	r.run(r.config()) // which drops what is invalid, as the one before did not yet
-	ready()
+	r.healthy()
 	if line := "Connection tracking has forgotten connections that it met in their middle and that were reset\" connections=1"; log.Count(line) != 1 {
 		t.Errorf("want %q once: %s", line, log)
 	}

@@ -400,15 +400,15 @@ func (s *suite) run(ctx context.Context, cluster clusters.Testable, p pass, name
 	}
 	alone := slices.DeleteFunc(slices.Clone(names), func(name string) bool { return !disruptive.MatchString(name) })
 	together := slices.DeleteFunc(slices.Clone(names), disruptive.MatchString)
-	for _, batch := range []struct {
+	for _, stretch := range []struct {
 		specs     []string
 		processes int
 	}{{together, s.plan.Processes}, {alone, 1}} {
-		if len(batch.specs) == 0 {
+		if len(stretch.specs) == 0 {
 			continue
 		}
-		s.report.Step(fmt.Sprintf("%v: %d specs, %d at a time", p, len(batch.specs), batch.processes))
-		took, err := s.runBatch(ctx, cluster, dir, batch.specs, batch.processes)
+		s.report.Step(fmt.Sprintf("%v: %d specs, %d at a time", p, len(stretch.specs), stretch.processes))
+		took, err := s.runBatch(ctx, cluster, dir, stretch.specs, stretch.processes)
 		if err != nil {
 			return err
 		}
