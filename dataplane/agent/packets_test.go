@@ -35,6 +35,8 @@ const (
 	hereIP, thereIP      = "10.1.0.2", "10.2.0.2" // pods with an endpoint, on this node and another
 	podCIDR              = "10.0.0.0/8"
 	hereWeb, thereWeb    = hereIP + ":8080", thereIP + ":8080"
+
+	nodeIP6, clientIP6, hereIP6 = "fd00:1::1", "fd00:2::1", "fd00:2::2" // which a rig is without until a test adds them
 )
 
 // A packetRig is an agent without socket hooks on a node with pods, one of which stands for another node's, and a host outside the
@@ -305,7 +307,7 @@ func TestPacketsOfTheNode(t *testing.T) {
 
 // Where IPv6 is off that is said, IPv4 goes on, and what is of IPv6 is reached once it is on: from pods that come, and from the node itself.
 func TestIPv6IsOff(t *testing.T) {
-	const clusterIP6, nodeIP6, clientIP6, hereIP6 = "fd00:96::10", "fd00:1::1", "fd00:2::1", "fd00:2::2"
+	const clusterIP6 = "fd00:96::10"
 	dual := service(func(s *v1.Service) {
 		s.Spec.ClusterIPs = append(s.Spec.ClusterIPs, clusterIP6)
 		s.Spec.IPFamilies = []v1.IPFamily{v1.IPv4Protocol, v1.IPv6Protocol}
@@ -449,18 +451,29 @@ func TestOneClientBothWays(t *testing.T) {
 // Of a connection that was there before conntrack, its server may be the first that conntrack sees. When it has been reset, its client's port is
 // as good as any other; others go on.
 func TestPortOfAConnectionFromBefore(t *testing.T) {
+	t.Run("IPv4", func(t *testing.T) {
+		r := newPacketRig(t)
+		testPortOfAConnectionFromBefore(t, r, r.pod, r.here, clientIP, hereIP)
+	})
+	t.Run("IPv6", func(t *testing.T) {
+		r := newPacketRig(t)
+		r.node.AddAddress(t, nodeIP6)
+		testPortOfAConnectionFromBefore(t, r, r.node.AddPod(t, "pod-client6", clientIP6), r.node.AddPod(t, "pod-here6", hereIP6), clientIP6, hereIP6)
+	})
+}
+
+func testPortOfAConnectionFromBefore(t *testing.T, r *packetRig, from, to *lbtest.Pod, clientAddress, serverAddress string) {
 	log := agent.StartLogs(t)
-	r := newPacketRig(t)
 	var listener net.Listener
-	r.here.Enter(t, func() (err error) {
-		listener, err = net.Listen("tcp", hereIP+":0")
+	to.Enter(t, func() (err error) {
+		listener, err = net.Listen("tcp", net.JoinHostPort(serverAddress, "0"))
 		return err
 	})
 	defer listener.Close()
 	connect := func(port int) (client, server net.Conn) {
 		t.Helper()
-		r.pod.Enter(t, func() (err error) {
-			dialer := net.Dialer{Timeout: 2 * time.Second, LocalAddr: &net.TCPAddr{IP: net.ParseIP(clientIP), Port: port}}
+		from.Enter(t, func() (err error) {
+			dialer := net.Dialer{Timeout: 2 * time.Second, LocalAddr: &net.TCPAddr{IP: net.ParseIP(clientAddress), Port: port}}
 			client, err = dialer.Dial("tcp", listener.Addr().String())
 			return err
 		})
