@@ -86,9 +86,13 @@ func TestResume(t *testing.T) {
 	ended(pass{"iptables", clusters.IPv4, 1}, passed)
 	ended(pass{"ebpf", clusters.IPv4, 1}, passed+`{"name":"`+s.chosen[0])
 	ended(pass{"ebpf", clusters.IPv4, 2}, failed)
+	ended(pass{"nftables", clusters.IPv6, 1}, passed) // of a run before this one, with other modes
+	ended(pass{"somebody's", clusters.IPv6, 1}, passed)
 	record := batch{Began: time.Now(), Seconds: 90, About: "Kubernetes v1.99.0; a machine"}
-	if err := appendLines(filepath.Join(s.dir(pass{"ebpf", clusters.IPv4, 1}), batchesFile), record); err != nil {
-		t.Fatal(err)
+	for _, p := range []pass{{"ebpf", clusters.IPv4, 1}, {"ebpf", clusters.IPv4, 2}} {
+		if err := appendLines(filepath.Join(s.dir(p), batchesFile), record); err != nil {
+			t.Fatal(err)
+		}
 	}
 	for _, test := range []struct {
 		pass
@@ -120,10 +124,16 @@ func TestResume(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{`serve \| a basic endpoint | passed | **1 of 2** | no answer |`, "| skipped | skipped | needs a cloud's load balancer |", "\n## IPv4\n", "\n| IPv4 | ebpf | 1 | 1 | 2 | 1.5 |\n", "\n- Kubernetes v1.99.0; a machine\n"} {
+	for _, want := range []string{
+		"\n## IPv4\n\n| spec | iptables | nftables | ebpf | |\n", `serve \| a basic endpoint | passed |  | **1 of 2** | no answer |`, "| skipped |  | skipped | needs a cloud's load balancer |",
+		"\n| IPv4 | ebpf | 2 | 0 | 1 | 1 | 1.5 |\n", "\n| IPv6 | nftables | 1 | 1 | 0 | 1 | 0.0 |\n", "\n- Kubernetes v1.99.0; a machine\n",
+	} {
 		if !strings.Contains(string(page), want) {
 			t.Errorf("the page has no %q:\n%s", want, page)
 		}
+	}
+	if strings.Contains(string(page), "somebody's") {
+		t.Errorf("the page has a mode that there is not:\n%s", page)
 	}
 }
 

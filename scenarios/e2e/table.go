@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"cmp"
 	"encoding/csv"
 	"fmt"
 	"os"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/dataplane"
 )
 
 // The files of the results, in Plan.Out.
@@ -27,32 +29,32 @@ type row struct {
 	pass
 }
 
-// write writes the table and the page of what has ended so far.
+// write writes the table and the page of what has ended so far in Plan.Out, in this run and in those before it.
 func (s *suite) write() error {
+	found, err := s.found()
+	if err != nil {
+		return err
+	}
 	var rows []row
 	var batches []passBatch
-	for _, mode := range s.plan.Modes {
-		for _, family := range s.plan.Families {
-			for _, p := range s.passes(mode, family) {
-				ended, err := s.ended(p)
-				if err != nil {
-					return err
-				}
-				if len(ended) == 0 {
-					continue
-				}
-				records, err := readLines[batch](filepath.Join(s.dir(p), batchesFile))
-				if err != nil {
-					return err
-				}
-				for _, r := range records {
-					batches = append(batches, passBatch{r, p})
-				}
-				for _, e := range slices.Concat(ended, s.left) {
-					if p.belongs(e.Name) {
-						rows = append(rows, row{e, p})
-					}
-				}
+	for _, p := range found {
+		ended, err := s.ended(p)
+		if err != nil {
+			return err
+		}
+		if len(ended) == 0 {
+			continue
+		}
+		records, err := readLines[batch](filepath.Join(s.dir(p), batchesFile))
+		if err != nil {
+			return err
+		}
+		for _, r := range records {
+			batches = append(batches, passBatch{r, p})
+		}
+		for _, e := range slices.Concat(ended, s.left) {
+			if p.belongs(e.Name) {
+				rows = append(rows, row{e, p})
 			}
 		}
 	}
@@ -71,7 +73,38 @@ func (s *suite) write() error {
 	if err := w.Error(); err != nil {
 		return fmt.Errorf("write %s: %w", TableFile, err)
 	}
-	return os.WriteFile(filepath.Join(s.plan.Out, PageFile), []byte(s.page(rows, batches)), 0o644)
+	return os.WriteFile(filepath.Join(s.plan.Out, PageFile), []byte(page(rows, batches)), 0o644)
+}
+
+// found are the passes of which something has ended in Plan.Out, modes in the order of the dataplane.
+func (s *suite) found() ([]pass, error) {
+	files, err := filepath.Glob(filepath.Join(s.plan.Out, "*", "*", "*", endedFile))
+	if err != nil {
+		return nil, err
+	}
+	var passes []pass
+	for _, file := range files {
+		parts := strings.Split(filepath.Dir(file), string(filepath.Separator))
+		parts = parts[len(parts)-3:]
+		p := pass{mode: parts[0], family: clusters.IPFamily(parts[1])}
+		if p.run, err = strconv.Atoi(parts[2]); err != nil || !slices.Contains(clusters.IPFamilies(), p.family) || order(p.mode) < 0 {
+			continue // somebody else's
+		}
+		passes = append(passes, p)
+	}
+	slices.SortFunc(passes, func(a, b pass) int {
+		return cmp.Or(
+			cmp.Compare(order(a.mode), order(b.mode)),
+			cmp.Compare(slices.Index(clusters.IPFamilies(), a.family), slices.Index(clusters.IPFamilies(), b.family)),
+			cmp.Compare(a.run, b.run),
+		)
+	})
+	return passes, nil
+}
+
+// order is where a mode stands among all, -1 where there is none of that name.
+func order(mode string) int {
+	return slices.IndexFunc(dataplane.Modes, func(m dataplane.Mode) bool { return m.Name() == mode })
 }
 
 // a passBatch is a batch of a pass.
@@ -86,18 +119,70 @@ type cell struct {
 	why           string
 }
 
+// outcome is passed where it was each time.
+func (c *cell) outcome() Outcome {
+	switch {
+	case c.ended == 0:
+		return Skipped
+	case c.passed == c.ended:
+		return Passed
+	}
+	return Failed
+}
+
 func (c *cell) String() string {
 	switch {
 	case c == nil:
 		return ""
-	case c.ended == 0:
-		return "skipped"
-	case c.passed == c.ended:
-		return "passed"
+	case c.outcome() != Failed:
+		return string(c.outcome())
 	case c.passed == 0:
 		return "**failed**"
 	}
 	return fmt.Sprintf("**%d of %d**", c.passed, c.ended)
+}
+
+// A column is what came of all specs in a mode's clusters of one family.
+type column struct {
+	cells   map[string]*cell // by the specs' names
+	runs    map[int]bool
+	minutes float64
+}
+
+// a kind is what a column is of.
+type kind struct {
+	mode   string
+	family clusters.IPFamily
+}
+
+// columns sums up rows and batches.
+func columns(rows []row, batches []passBatch) map[kind]*column {
+	all := map[kind]*column{}
+	for _, r := range rows {
+		col := all[kind{r.mode, r.family}]
+		if col == nil {
+			col = &column{cells: map[string]*cell{}, runs: map[int]bool{}}
+			all[kind{r.mode, r.family}] = col
+		}
+		col.runs[r.run] = true
+		c := col.cells[r.Name]
+		if c == nil {
+			c = new(cell)
+			col.cells[r.Name] = c
+		}
+		if r.Outcome != Skipped {
+			c.ended++
+		}
+		if r.Outcome == Passed {
+			c.passed++
+		} else {
+			c.why = oneLine(r.Reason)
+		}
+	}
+	for _, b := range batches {
+		all[kind{b.mode, b.family}].minutes += b.Seconds / 60
+	}
+	return all
 }
 
 // about says of all batches with what and on what they were run, and when.
@@ -120,53 +205,32 @@ func about(batches []passBatch) string {
 }
 
 // page are the tables side by side, as Markdown: for each family how often each spec passed in each mode, after a summary.
-func (s *suite) page(rows []row, batches []passBatch) string {
-	modes, families := s.plan.Modes, s.plan.Families
-	type key struct {
-		name, mode string
-		family     clusters.IPFamily
-	}
-	cells := map[key]*cell{}
-	type sum struct {
-		outcomes map[Outcome]int
-		minutes  float64
-	}
-	sums := map[key]*sum{} // without a name
-	for _, r := range rows {
-		k := key{r.Name, r.mode, r.family}
-		c := cells[k]
-		if c == nil {
-			c = new(cell)
-			cells[k] = c
+func page(rows []row, batches []passBatch) string {
+	all := columns(rows, batches)
+	var modes []string
+	for _, mode := range dataplane.Modes {
+		if slices.ContainsFunc(rows, func(r row) bool { return r.mode == mode.Name() }) {
+			modes = append(modes, mode.Name())
 		}
-		if r.Outcome != Skipped {
-			c.ended++
-		}
-		if r.Outcome == Passed {
-			c.passed++
-		} else {
-			c.why = oneLine(r.Reason)
-		}
-		k.name = ""
-		if sums[k] == nil {
-			sums[k] = &sum{outcomes: map[Outcome]int{}}
-		}
-		sums[k].outcomes[r.Outcome]++
-	}
-	for _, r := range batches {
-		sums[key{"", r.mode, r.family}].minutes += r.Seconds / 60
 	}
 	var b strings.Builder
 	b.WriteString("# Kubernetes' own tests of Services, mode by mode\n\n" + about(batches) + "\n")
-	b.WriteString("| | mode | passed | failed | skipped | minutes, without the cluster's making |\n|---|---|---|---|---|---|\n")
-	for _, family := range families {
+	b.WriteString("| | mode | runs | specs passed each time | failed | skipped | minutes a run, without the cluster's making |\n|---|---|---|---|---|---|---|\n")
+	for _, family := range clusters.IPFamilies() {
 		for _, mode := range modes {
-			if s := sums[key{"", mode, family}]; s != nil {
-				fmt.Fprintf(&b, "| %s | %s | %d | %d | %d | %.1f |\n", title(family), mode, s.outcomes[Passed], s.outcomes[Failed], s.outcomes[Skipped], s.minutes)
+			col := all[kind{mode, family}]
+			if col == nil {
+				continue
 			}
+			outcomes := map[Outcome]int{}
+			for _, c := range col.cells {
+				outcomes[c.outcome()]++
+			}
+			runs := len(col.runs)
+			fmt.Fprintf(&b, "| %s | %s | %d | %d | %d | %d | %.1f |\n", title(family), mode, runs, outcomes[Passed], outcomes[Failed], outcomes[Skipped], col.minutes/float64(runs))
 		}
 	}
-	for _, family := range families {
+	for _, family := range clusters.IPFamilies() {
 		var here []string
 		for _, r := range rows {
 			if r.family == family {
@@ -180,7 +244,10 @@ func (s *suite) page(rows []row, batches []passBatch) string {
 		for _, name := range slices.Compact(here) {
 			var words, reasons []string
 			for _, mode := range modes {
-				c := cells[key{name, mode, family}]
+				var c *cell
+				if col := all[kind{mode, family}]; col != nil {
+					c = col.cells[name]
+				}
 				words = append(words, c.String())
 				if c != nil && c.why != "" && !slices.Contains(reasons, c.why) {
 					reasons = append(reasons, c.why)
