@@ -3,7 +3,6 @@
 package e2e
 
 import (
-	"cmp"
 	"encoding/csv"
 	"fmt"
 	"os"
@@ -31,31 +30,15 @@ type row struct {
 
 // write writes the table and the page of what has ended so far in Plan.Out, in this run and in those before it.
 func (s *suite) write() error {
-	found, err := s.found()
-	if err != nil {
-		return err
-	}
 	var rows []row
 	var batches []passBatch
-	for _, p := range found {
-		ended, err := s.ended(p)
-		if err != nil {
-			return err
-		}
-		if len(ended) == 0 {
-			continue
-		}
-		records, err := readLines[batch](filepath.Join(s.dir(p), batchesFile))
-		if err != nil {
-			return err
-		}
-		for _, r := range records {
-			batches = append(batches, passBatch{r, p})
-		}
-		for _, e := range slices.Concat(ended, s.left) {
-			if p.belongs(e.Name) {
-				rows = append(rows, row{e, p})
+	for _, mode := range dataplane.Modes {
+		for _, family := range clusters.IPFamilies() {
+			r, b, err := s.read(mode.Name(), family)
+			if err != nil {
+				return err
 			}
+			rows, batches = append(rows, r...), append(batches, b...)
 		}
 	}
 	slices.SortStableFunc(rows, func(a, b row) int { return strings.Compare(a.Name, b.Name) })
@@ -76,35 +59,26 @@ func (s *suite) write() error {
 	return os.WriteFile(filepath.Join(s.plan.Out, PageFile), []byte(page(rows, batches)), 0o644)
 }
 
-// found are the passes of which something has ended in Plan.Out, modes in the order of the dataplane.
-func (s *suite) found() ([]pass, error) {
-	files, err := filepath.Glob(filepath.Join(s.plan.Out, "*", "*", "*", endedFile))
-	if err != nil {
-		return nil, err
-	}
-	var passes []pass
-	for _, file := range files {
-		parts := strings.Split(filepath.Dir(file), string(filepath.Separator))
-		parts = parts[len(parts)-3:]
-		p := pass{mode: parts[0], family: clusters.IPFamily(parts[1])}
-		if p.run, err = strconv.Atoi(parts[2]); err != nil || !slices.Contains(clusters.IPFamilies(), p.family) || order(p.mode) < 0 {
-			continue // somebody else's
+// read reads what has ended in a mode's clusters of a family: in all passes, each of which was begun when the one before it was done.
+func (s *suite) read(mode string, family clusters.IPFamily) (rows []row, batches []passBatch, err error) {
+	for p := (pass{mode, family, 1}); ; p.run++ {
+		ended, err := s.ended(p)
+		if err != nil || len(ended) == 0 {
+			return rows, batches, err
 		}
-		passes = append(passes, p)
+		for _, e := range slices.Concat(ended, s.left) {
+			if p.belongs(e.Name) {
+				rows = append(rows, row{e, p})
+			}
+		}
+		records, err := readLines[batch](filepath.Join(s.dir(p), batchesFile))
+		if err != nil {
+			return nil, nil, err
+		}
+		for _, r := range records {
+			batches = append(batches, passBatch{r, p})
+		}
 	}
-	slices.SortFunc(passes, func(a, b pass) int {
-		return cmp.Or(
-			cmp.Compare(order(a.mode), order(b.mode)),
-			cmp.Compare(slices.Index(clusters.IPFamilies(), a.family), slices.Index(clusters.IPFamilies(), b.family)),
-			cmp.Compare(a.run, b.run),
-		)
-	})
-	return passes, nil
-}
-
-// order is where a mode stands among all, -1 where there is none of that name.
-func order(mode string) int {
-	return slices.IndexFunc(dataplane.Modes, func(m dataplane.Mode) bool { return m.Name() == mode })
 }
 
 // a passBatch is a batch of a pass.
@@ -145,26 +119,26 @@ func (c *cell) String() string {
 // A column is what came of all specs in a mode's clusters of one family.
 type column struct {
 	cells   map[string]*cell // by the specs' names
-	runs    map[int]bool
+	runs    int
 	minutes float64
 }
 
-// a kind is what a column is of.
-type kind struct {
+// a columnKey is what a column is of.
+type columnKey struct {
 	mode   string
 	family clusters.IPFamily
 }
 
 // columns sums up rows and batches.
-func columns(rows []row, batches []passBatch) map[kind]*column {
-	all := map[kind]*column{}
+func columns(rows []row, batches []passBatch) map[columnKey]*column {
+	all := map[columnKey]*column{}
 	for _, r := range rows {
-		col := all[kind{r.mode, r.family}]
+		col := all[columnKey{r.mode, r.family}]
 		if col == nil {
-			col = &column{cells: map[string]*cell{}, runs: map[int]bool{}}
-			all[kind{r.mode, r.family}] = col
+			col = &column{cells: map[string]*cell{}}
+			all[columnKey{r.mode, r.family}] = col
 		}
-		col.runs[r.run] = true
+		col.runs = max(col.runs, r.run)
 		c := col.cells[r.Name]
 		if c == nil {
 			c = new(cell)
@@ -180,7 +154,7 @@ func columns(rows []row, batches []passBatch) map[kind]*column {
 		}
 	}
 	for _, b := range batches {
-		all[kind{b.mode, b.family}].minutes += b.Seconds / 60
+		all[columnKey{b.mode, b.family}].minutes += b.Seconds / 60
 	}
 	return all
 }
@@ -218,7 +192,7 @@ func page(rows []row, batches []passBatch) string {
 	b.WriteString("| | mode | runs | specs passed each time | failed | skipped | minutes a run, without the cluster's making |\n|---|---|---|---|---|---|---|\n")
 	for _, family := range clusters.IPFamilies() {
 		for _, mode := range modes {
-			col := all[kind{mode, family}]
+			col := all[columnKey{mode, family}]
 			if col == nil {
 				continue
 			}
@@ -226,8 +200,7 @@ func page(rows []row, batches []passBatch) string {
 			for _, c := range col.cells {
 				outcomes[c.outcome()]++
 			}
-			runs := len(col.runs)
-			fmt.Fprintf(&b, "| %s | %s | %d | %d | %d | %d | %.1f |\n", title(family), mode, runs, outcomes[Passed], outcomes[Failed], outcomes[Skipped], col.minutes/float64(runs))
+			fmt.Fprintf(&b, "| %s | %s | %d | %d | %d | %d | %.1f |\n", title(family), mode, col.runs, outcomes[Passed], outcomes[Failed], outcomes[Skipped], col.minutes/float64(col.runs))
 		}
 	}
 	for _, family := range clusters.IPFamilies() {
@@ -245,7 +218,7 @@ func page(rows []row, batches []passBatch) string {
 			var words, reasons []string
 			for _, mode := range modes {
 				var c *cell
-				if col := all[kind{mode, family}]; col != nil {
+				if col := all[columnKey{mode, family}]; col != nil {
 					c = col.cells[name]
 				}
 				words = append(words, c.String())
