@@ -191,7 +191,10 @@ func Stop(ctx context.Context) error {
 		defer cancel()
 		own().Command(orderly, "rm", "--all", "--force", "--volumes", "--time", "0").Run()
 	}
-	return errors.Join(removeContainers(ctx), host.Remove(ctx, Name), os.RemoveAll(commandDir()))
+	err := errors.Join(removeContainers(ctx), host.Remove(ctx, Name), os.RemoveAll(commandDir()))
+	// The folder over which Hold mounts. One that does not go, because it is not empty, is somebody else's.
+	os.Remove(imageCache)
+	return err
 }
 
 // Clean removes what an engine left whose own process was killed, and says whether there was something.

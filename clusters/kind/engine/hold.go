@@ -14,12 +14,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// imageCache is where podman's library keeps what it learns of images: a path that it has built in for root, beside the store that the
+// configuration names.
+const imageCache = "/var/lib/containers"
+
 // ready is the line by which Hold says that the namespaces stand.
 const ready = "ready\n"
 
 // Hold turns the namespaces that this process was started in into the engine's: the unpacked packages lie over the host's /usr
-// and /etc, what would be left in memory is this process's own. It returns when ctx ends.
+// and /etc, what would be left outside of the cache is in memory, this process's own. It returns when ctx ends.
 func Hold(ctx context.Context, dir string) error {
+	if err := os.MkdirAll(imageCache, 0o700); err != nil {
+		return err
+	}
 	for _, m := range []struct {
 		source, target, kind string
 		flags                uintptr
@@ -29,6 +36,7 @@ func Hold(ctx context.Context, dir string) error {
 		{"overlay", "/usr", "overlay", 0, "lowerdir=" + filepath.Join(dir, "root/usr") + ":/usr"},
 		{"overlay", "/etc", "overlay", 0, "lowerdir=" + filepath.Join(dir, "root/etc") + ":/etc"},
 		{"tmpfs", "/run", "tmpfs", unix.MS_NOSUID | unix.MS_NODEV, "mode=755"},
+		{"tmpfs", imageCache, "tmpfs", unix.MS_NOSUID | unix.MS_NODEV, "mode=700"},
 	} {
 		if err := unix.Mount(m.source, m.target, m.kind, m.flags, m.data); err != nil {
 			return fmt.Errorf("mount %s: %w", m.target, err)
