@@ -61,12 +61,12 @@ figures: go-version root bin/plimsoll packages $(BINARIES) ## measure the load b
 accept: go-version bin/plimsoll guest-parts $(BINARIES) ## count instructions in guests, and accept the counts that tests hold later ones to
 	@bin/plimsoll accept --cache '$(CACHE)' $(ARGS)
 
-MODES ?= iptables,nftables,ebpf
+MODES ?= iptables,nftables,ebpf,ipvs
 FOCUS ?=
 SLOW ?=
 
 .PHONY: e2e
-e2e: go-version root bin/plimsoll packages kind-engine node-image e2e-parts ## run Kubernetes' own tests of Services in each mode, on kind [MODES=iptables,nftables,ebpf] [FOCUS=REGEXP] [SLOW=1] [OUT=DIR] [ARGS=…]
+e2e: go-version root bin/plimsoll packages kind-engine node-image e2e-parts ## run Kubernetes' own tests of Services in each mode, on kind [MODES=iptables,nftables,ebpf,ipvs] [FOCUS=REGEXP] [SLOW=1] [OUT=DIR] [ARGS=…]
 	@$(SUDO) bin/plimsoll e2e --modes '$(MODES)' --cache '$(CACHE)' $(if $(FOCUS),--focus '$(FOCUS)') $(if $(SLOW),--slow) $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 .PHONY: race

@@ -21,7 +21,7 @@ import (
 )
 
 func newE2ECommand() *cobra.Command {
-	plan := e2e.Plan{Run: runName(), Modes: []string{"iptables", "nftables", "ebpf"}, Runs: 1, Processes: 6 * runtime.NumCPU()}
+	plan := e2e.Plan{Run: runName(), Modes: []string{"iptables", "nftables", "ebpf", "ipvs"}, Runs: 1, Processes: 6 * runtime.NumCPU()}
 	var families []string
 	for _, family := range clusters.IPFamilies() {
 		families = append(families, string(family))
@@ -41,7 +41,7 @@ func newE2ECommand() *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
-	f.StringSliceVar(&plan.Modes, "modes", plan.Modes, "modes to test")
+	f.StringSliceVar(&plan.Modes, "modes", plan.Modes, "modes to test, in this order; what this host or kind cannot carry is skipped, with the reason")
 	f.StringSliceVar(&families, "families", families, "families of addresses of the clusters that each mode has")
 	f.StringVar(&plan.Focus, "focus", "", "regular expression of the names of specs (default those that test Services)")
 	f.BoolVar(&plan.Slow, "slow", false, "add specs that are slow, and those that disturb a cluster")

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"strings"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -20,6 +21,9 @@ import (
 // ErrNotSupported is wrapped by errors that say what this kernel or host cannot do. A run records such a mode as skipped
 // and goes on.
 var ErrNotSupported = errors.New("not supported here")
+
+// Reason is an error's text without ErrNotSupported, which it may wrap.
+func Reason(err error) string { return strings.TrimSuffix(err.Error(), ": "+ErrNotSupported.Error()) }
 
 // ErrLate is wrapped by errors of what was not done within its limit.
 var ErrLate = errors.New("late")

@@ -63,7 +63,7 @@ func (c Cell) Do(ctx context.Context, provider clusters.Provider, out io.Writer)
 		return err
 	}
 	if err := mode.Supported(ctx); errors.Is(err, clusters.ErrNotSupported) {
-		return g.skip(reason(err))
+		return g.skip(clusters.Reason(err))
 	} else if err != nil {
 		return err
 	}
@@ -75,7 +75,7 @@ func (c Cell) Do(ctx context.Context, provider clusters.Provider, out io.Writer)
 	defer func() { err = errors.Join(err, made[0].Close(context.WithoutCancel(ctx))) }()
 	g.site = &site{Site: made[0].Sites()[0], mode: mode, name: c.Mode, cluster: &population{Cluster: made[0], numbers: map[netip.AddrPort]int{}}}
 	if err := g.site.Err(); err != nil {
-		return g.skip(reason(err))
+		return g.skip(clusters.Reason(err))
 	}
 	if g.site.load, err = startLoad(ctx, g.site); err != nil {
 		return err

@@ -156,7 +156,7 @@ func (c *sweep) do(ctx context.Context, cell Cell) (lines []line, err error) {
 	began := time.Now()
 	text, err := c.guests.Run(ctx, filepath.Join(c.bench.plan.Out, "logs", name), cell.Seed, job)
 	if errors.Is(err, clusters.ErrNotSupported) {
-		return c.skips(cell, reason(err)), nil
+		return c.skips(cell, clusters.Reason(err)), nil
 	}
 	if errors.Is(err, clusters.ErrLate) {
 		c.bench.report.Warn(fmt.Sprintf("%s: %v", name, err))

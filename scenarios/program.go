@@ -174,7 +174,7 @@ func (b *bench) awaitProgrammed(ctx context.Context, s *site, r *rung) (programm
 	}
 	for {
 		if err := s.Err(); err != nil {
-			p.failed = reason(err)
+			p.failed = clusters.Reason(err)
 			return p, nil
 		}
 		left := time.Until(began.Add(patience))
@@ -340,14 +340,4 @@ func (b *bench) readChain(ctx context.Context, s *site) ([]int, error) {
 		}
 	}
 	return numbers, nil
-}
-
-// reason is an error's text without the sentinel that it wraps.
-func reason(err error) string {
-	text := err.Error()
-	suffix := ": " + clusters.ErrNotSupported.Error()
-	if n := len(text) - len(suffix); n > 0 && text[n:] == suffix {
-		return text[:n]
-	}
-	return text
 }

@@ -195,7 +195,7 @@ func (b *bench) prepare(ctx context.Context) error {
 			err = b.provider.Supports(m.Spec(b.plan.Settings))
 		}
 		if errors.Is(err, clusters.ErrNotSupported) {
-			b.skipped[m.Name()] = reason(err)
+			b.skipped[m.Name()] = clusters.Reason(err)
 			continue
 		}
 		if err != nil {
@@ -283,7 +283,7 @@ func (b *bench) populate(ctx context.Context) error {
 			}
 		}
 		// A mode whose proxy does not come up is a result; the others go on.
-		s.lost = reason(s.Err())
+		s.lost = clusters.Reason(s.Err())
 		b.report.Warn(fmt.Sprintf("%s: %s; it is out of the run", s.name, s.lost))
 	}
 	return nil
@@ -437,7 +437,7 @@ func (b *bench) goRound(ctx context.Context, r *rung, round int) error {
 		queue = queue[1:]
 		if err := t.site.Err(); err != nil && t.site.lost == "" {
 			// What was measured while the proxy lived stands.
-			if err := b.lose(ctx, r, t.site, reason(err)); err != nil {
+			if err := b.lose(ctx, r, t.site, clusters.Reason(err)); err != nil {
 				return err
 			}
 			r.sites = slices.DeleteFunc(r.sites, func(s *site) bool { return s == t.site })

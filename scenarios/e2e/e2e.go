@@ -111,9 +111,10 @@ const (
 	repository  = "localhost/plimsoll-e2e/specs" // that specs are told to take images from
 )
 
-// The files of a pass: a line for each spec that has ended, and one for each batch of them.
+// The files of a pass: a line for each spec that has ended, for each that is not run, and for each batch.
 const (
 	endedFile   = "ended.jsonl"
+	leftFile    = "left.jsonl"
 	batchesFile = "batches.jsonl"
 )
 
@@ -139,18 +140,76 @@ func Run(ctx context.Context, plan Plan, provider clusters.Provider, report Repo
 	if err := s.choose(ctx); err != nil {
 		return err
 	}
+	var refused []string
 	for _, name := range plan.Modes {
 		mode, err := dataplane.Find(name)
 		if err != nil {
 			return err
 		}
+		why, err := s.refuses(ctx, mode)
+		if err != nil {
+			return fmt.Errorf("mode %s: %w", name, err)
+		}
+		if why != "" {
+			refused = append(refused, why)
+			report.Step("skipped, " + why)
+		}
 		for _, family := range plan.Families {
-			if err := s.test(ctx, mode, family); err != nil {
-				return fmt.Errorf("%s, %s: %w", name, family, err)
+			if why == "" {
+				if err := s.test(ctx, mode, family); err != nil {
+					return fmt.Errorf("%s, %s: %w", name, family, err)
+				}
+			}
+			if err := s.leave(mode, family, why); err != nil {
+				return err
 			}
 			if err := s.write(); err != nil {
 				return err
 			}
+		}
+	}
+	if len(refused) == len(plan.Modes) {
+		return fmt.Errorf("no mode that was named runs here: %s", strings.Join(refused, "; "))
+	}
+	return nil
+}
+
+// refuses says which mode there can be no cluster of here, and why; empty where there can.
+func (s *suite) refuses(ctx context.Context, mode dataplane.Mode) (why string, err error) {
+	if err = mode.Supported(ctx); err == nil {
+		err = s.provider.Supports(mode.Spec(settings))
+	}
+	if errors.Is(err, clusters.ErrNotSupported) {
+		return fmt.Sprintf("mode %s: %s", mode.Name(), clusters.Reason(err)), nil
+	}
+	return "", err
+}
+
+// leave keeps which specs are not run in a mode's clusters of a family, and why: those that no cluster can pass, and where the mode is refused the
+// others too. What other commands in this folder have left by another focus stays.
+func (s *suite) leave(mode dataplane.Mode, family clusters.IPFamily, refused string) error {
+	left := slices.Clone(s.left)
+	if refused != "" {
+		for _, name := range s.chosen {
+			left = append(left, Spec{Name: name, Outcome: Skipped, Reason: refused})
+		}
+	}
+	for _, p := range s.passes(mode.Name(), family) {
+		earlier, err := s.leftIn(p)
+		if err != nil {
+			return err
+		}
+		all := slices.DeleteFunc(earlier, func(e Spec) bool {
+			return slices.Contains(s.chosen, e.Name) || slices.ContainsFunc(s.left, func(l Spec) bool { return l.Name == e.Name })
+		})
+		for _, l := range left {
+			if p.belongs(l.Name) {
+				all = append(all, l)
+			}
+		}
+		file := filepath.Join(s.dir(p), leftFile)
+		if err := errors.Join(os.MkdirAll(s.dir(p), 0o755), os.WriteFile(file, nil, 0o644), appendLines(file, all...)); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -284,6 +343,11 @@ func (s *suite) ended(p pass) ([]Spec, error) {
 	return readLines[Spec](filepath.Join(s.dir(p), endedFile))
 }
 
+// leftIn are the specs that are not run in a pass.
+func (s *suite) leftIn(p pass) ([]Spec, error) {
+	return readLines[Spec](filepath.Join(s.dir(p), leftFile))
+}
+
 // todo are the chosen specs that have not ended in a pass.
 func (s *suite) todo(p pass) ([]string, error) {
 	ended, err := s.ended(p)
@@ -323,6 +387,9 @@ const workers, zones = 6, 3
 // Nodes is how many nodes a cluster has.
 const Nodes = workers + 1
 
+// settings leave kube-proxy as users have it.
+var settings = dataplane.Settings{ProxyDefaults: true}
+
 // test has the specs run in a mode's clusters of one family that have not.
 func (s *suite) test(ctx context.Context, mode dataplane.Mode, family clusters.IPFamily) (err error) {
 	type work struct {
@@ -343,7 +410,7 @@ func (s *suite) test(ctx context.Context, mode dataplane.Mode, family clusters.I
 		s.report.Step(fmt.Sprintf("%s, %s: nothing is left to run", mode.Name(), family))
 		return nil
 	}
-	spec := mode.Spec(dataplane.Settings{ProxyDefaults: true})
+	spec := mode.Spec(settings)
 	made, err := s.provider.Create(ctx, clusters.Plan{
 		Name: s.plan.Run, Dir: filepath.Join(s.plan.Out, mode.Name(), string(family), "cluster"), Bin: s.plan.Bin, Cache: s.plan.Cache, NodeImage: s.plan.NodeImage,
 		Sites: []clusters.ProxySpec{spec}, Workers: workers, Zones: zones, IPFamily: family, Progress: s.report.Step,

@@ -6,6 +6,8 @@ import (
 	"context"
 	"encoding/csv"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,6 +19,7 @@ import (
 	"github.com/onsi/ginkgo/v2/types"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/dataplane"
 )
 
 // A program in the suite's place lists these.
@@ -89,8 +92,9 @@ func TestResume(t *testing.T) {
 	ended(pass{"nftables", clusters.IPv6, 1}, passed) // of a run before this one, with other modes
 	ended(pass{"somebody's", clusters.IPv6, 1}, passed)
 	record := batch{Began: time.Now(), Seconds: 90, About: "Kubernetes v1.99.0; a machine"}
-	for _, p := range []pass{{"ebpf", clusters.IPv4, 1}, {"ebpf", clusters.IPv4, 2}} {
-		if err := appendLines(filepath.Join(s.dir(p), batchesFile), record); err != nil {
+	for _, p := range []pass{{"iptables", clusters.IPv4, 1}, {"ebpf", clusters.IPv4, 1}, {"ebpf", clusters.IPv4, 2}, {"nftables", clusters.IPv6, 1}} {
+		mode, err := dataplane.Find(p.mode)
+		if err := errors.Join(err, s.leave(mode, p.family, ""), appendLines(filepath.Join(s.dir(p), batchesFile), record)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -108,15 +112,7 @@ func TestResume(t *testing.T) {
 	if err := s.write(); err != nil {
 		t.Fatal(err)
 	}
-	f, err := os.Open(filepath.Join(s.plan.Out, TableFile))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	rows, err := csv.NewReader(f).ReadAll()
-	if err != nil {
-		t.Fatal(err)
-	}
+	rows := table(t, s.plan.Out)
 	if want := []string{s.chosen[1], "ebpf", "ipv4", "2", "failed", "2.0", "no answer"}; !slices.ContainsFunc(rows, func(r []string) bool { return slices.Equal(r, want) }) {
 		t.Errorf("no row %q in %q", want, rows)
 	}
@@ -126,7 +122,7 @@ func TestResume(t *testing.T) {
 	}
 	for _, want := range []string{
 		"\n## IPv4\n\n| spec | iptables | nftables | ebpf | |\n", `serve \| a basic endpoint | passed |  | **1 of 2** | no answer |`, "| skipped |  | skipped | needs a cloud's load balancer |",
-		"\n| IPv4 | ebpf | 2 | 0 | 1 | 1 | 1.5 |\n", "\n| IPv6 | nftables | 1 | 1 | 0 | 1 | 0.0 |\n", "\n- Kubernetes v1.99.0; a machine\n",
+		"\n| IPv4 | ebpf | 2 | 0 | 1 | 1 | 1.5 |\n", "\n| IPv6 | nftables | 1 | 1 | 0 | 1 | 1.5 |\n", "\n- Kubernetes v1.99.0; a machine\n",
 	} {
 		if !strings.Contains(string(page), want) {
 			t.Errorf("the page has no %q:\n%s", want, page)
@@ -135,6 +131,76 @@ func TestResume(t *testing.T) {
 	if strings.Contains(string(page), "somebody's") {
 		t.Errorf("the page has a mode that there is not:\n%s", page)
 	}
+}
+
+// table is the table in a folder of results.
+func table(t *testing.T, out string) [][]string {
+	t.Helper()
+	f, err := os.Open(filepath.Join(out, TableFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	rows, err := csv.NewReader(f).ReadAll()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rows
+}
+
+// A fakeProvider gives nodes what they want, unless it says why not, and makes no clusters.
+type fakeProvider struct {
+	clusters.Provider
+	refuses error
+}
+
+func (p fakeProvider) Supports(clusters.ProxySpec) error { return p.refuses }
+
+// A mode that cannot be had here stands in the table with the reason, until it can; so do specs that cannot, whatever the focus of later commands.
+func TestRefusedMode(t *testing.T) {
+	s := newSuite(t, Plan{Runs: 1, Modes: []string{"direct"}, Families: []clusters.IPFamily{clusters.IPv4}, Cache: t.TempDir()})
+	for _, part := range []string{filepath.Join(s.plan.Bin, ginkgoFile), filepath.Join(s.plan.Cache, archiveFile)} {
+		if err := os.WriteFile(part, nil, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const (
+		basic, dns, lb = "[sig-network] Services should serve | a basic endpoint", "[sig-network] DNS should provide DNS",
+			"[sig-network] Services should have a load balancer [Feature:LoadBalancer]"
+		needsCloud, noLanes = "needs a cloud's load balancer", "mode direct: the kernel has no lanes"
+	)
+	expect := func(want ...[3]string) {
+		t.Helper()
+		var got [][3]string
+		for _, r := range table(t, s.plan.Out)[1:] {
+			got = append(got, [3]string{r[0], r[4], r[6]})
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("the table has\n%q, want\n%q", got, want)
+		}
+	}
+
+	refusing := fakeProvider{refuses: fmt.Errorf("the kernel has no lanes: %w", clusters.ErrNotSupported)}
+	for _, focus := range []string{"", "DNS"} {
+		s.plan.Focus = focus
+		if err := Run(t.Context(), s.plan, refusing, silent{}); err == nil || !strings.Contains(err.Error(), noLanes) {
+			t.Errorf("focus %q: no mode could be had, and the error is %v", focus, err)
+		}
+	}
+	expect([3]string{dns, "skipped", noLanes}, [3]string{lb, "skipped", needsCloud}, [3]string{basic, "skipped", noLanes})
+	page, err := os.ReadFile(filepath.Join(s.plan.Out, PageFile))
+	if want := "\n| IPv4 | direct | 0 | 0 | 0 | 3 |  |\n"; err != nil || !strings.Contains(string(page), want) {
+		t.Errorf("the page has no %q (%v):\n%s", want, err, page)
+	}
+
+	s.plan.Focus = ""
+	if err := appendLines(filepath.Join(s.dir(pass{"direct", clusters.IPv4, 1}), endedFile), Spec{Name: basic, Outcome: Passed}); err != nil {
+		t.Fatal(err)
+	}
+	if err := Run(t.Context(), s.plan, fakeProvider{}, silent{}); err != nil {
+		t.Fatal(err)
+	}
+	expect([3]string{dns, "skipped", noLanes}, [3]string{lb, "skipped", needsCloud}, [3]string{basic, "passed", ""})
 }
 
 // A fakeCluster has programs run on this host.

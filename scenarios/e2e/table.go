@@ -59,16 +59,24 @@ func (s *suite) write() error {
 	return os.WriteFile(filepath.Join(s.plan.Out, PageFile), []byte(page(rows, batches)), 0o644)
 }
 
-// read reads what has ended in a mode's clusters of a family: in all passes, each of which was begun when the one before it was done.
+// read reads what has ended in a mode's clusters of a family, and what was left: in all passes, each of which was begun when the one before it was done.
 func (s *suite) read(mode string, family clusters.IPFamily) (rows []row, batches []passBatch, err error) {
 	for p := (pass{mode, family, 1}); ; p.run++ {
 		ended, err := s.ended(p)
-		if err != nil || len(ended) == 0 {
+		if err != nil {
+			return nil, nil, err
+		}
+		left, err := s.leftIn(p)
+		if err != nil || len(ended)+len(left) == 0 {
 			return rows, batches, err
 		}
-		for _, e := range slices.Concat(ended, s.left) {
-			if p.belongs(e.Name) {
-				rows = append(rows, row{e, p})
+		for _, e := range ended {
+			rows = append(rows, row{e, p})
+		}
+		for _, l := range left {
+			// One that has ended was run by a command before, where it could be.
+			if !slices.ContainsFunc(ended, func(e Spec) bool { return e.Name == l.Name }) {
+				rows = append(rows, row{l, p})
 			}
 		}
 		records, err := readLines[batch](filepath.Join(s.dir(p), batchesFile))
@@ -138,7 +146,6 @@ func columns(rows []row, batches []passBatch) map[columnKey]*column {
 			col = &column{cells: map[string]*cell{}}
 			all[columnKey{r.mode, r.family}] = col
 		}
-		col.runs = max(col.runs, r.run)
 		c := col.cells[r.Name]
 		if c == nil {
 			c = new(cell)
@@ -154,13 +161,18 @@ func columns(rows []row, batches []passBatch) map[columnKey]*column {
 		}
 	}
 	for _, b := range batches {
-		all[columnKey{b.mode, b.family}].minutes += b.Seconds / 60
+		col := all[columnKey{b.mode, b.family}]
+		col.runs = max(col.runs, b.run)
+		col.minutes += b.Seconds / 60
 	}
 	return all
 }
 
 // about says of all batches with what and on what they were run, and when.
 func about(batches []passBatch) string {
+	if len(batches) == 0 {
+		return "Of Kubernetes' own specs none has been run.\n"
+	}
 	var all []string
 	var first, last time.Time
 	for _, b := range batches {
@@ -200,7 +212,11 @@ func page(rows []row, batches []passBatch) string {
 			for _, c := range col.cells {
 				outcomes[c.outcome()]++
 			}
-			fmt.Fprintf(&b, "| %s | %s | %d | %d | %d | %d | %.1f |\n", title(family), mode, col.runs, outcomes[Passed], outcomes[Failed], outcomes[Skipped], col.minutes/float64(col.runs))
+			minutes := ""
+			if col.runs > 0 {
+				minutes = fmt.Sprintf("%.1f", col.minutes/float64(col.runs))
+			}
+			fmt.Fprintf(&b, "| %s | %s | %d | %d | %d | %d | %s |\n", title(family), mode, col.runs, outcomes[Passed], outcomes[Failed], outcomes[Skipped], minutes)
 		}
 	}
 	for _, family := range clusters.IPFamilies() {
