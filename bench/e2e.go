@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -50,7 +51,7 @@ func newE2ECommand() *cobra.Command {
 	f.StringVar(&plan.Out, "out", "", "folder for the results, or of a run that was cut off (default results/runs/e2e)")
 	f.StringVar(&plan.Bin, "bin", "", "folder with e2e.test and ginkgo (default the one that this program lies in)")
 	f.StringVar(&plan.Cache, "cache", "", "folder of the images (default the user's cache)")
-	f.StringVar(&plan.NodeImage, "node-image", "", "image of kind's nodes (default kind's own pinned one; what make node-image made on the engine of make kind-engine)")
+	f.StringVar(&plan.NodeImage, "node-image", kind.OwnImage, "image of kind's nodes; the default is of the Kubernetes that the specs are of, and make node-image makes it")
 	return cmd
 }
 
@@ -79,6 +80,9 @@ func runE2E(ctx context.Context, plan e2e.Plan, stdout, stderr io.Writer) (err e
 			return fmt.Errorf("--modes: nothing carries Services in mode %s", name)
 		}
 	}
+	if os.Geteuid() != 0 {
+		return errors.New("kind's nodes are entered by their processes: run it as root (sudo)")
+	}
 	if err := findFolders(&plan.Bin, &plan.Cache); err != nil {
 		return err
 	}
@@ -88,6 +92,7 @@ func runE2E(ctx context.Context, plan e2e.Plan, stdout, stderr io.Writer) (err e
 	if err := results.MakeDir(plan.Out); err != nil {
 		return fmt.Errorf("--out: %w", err)
 	}
+	defer func() { err = errors.Join(err, giveBack(plan.Out)) }()
 	plan.Environment = describeHost(ctx, plan.Bin)
 	progress, err := newProgress(stderr, filepath.Join(plan.Out, "log.txt"))
 	if err != nil {
@@ -98,5 +103,5 @@ func runE2E(ctx context.Context, plan e2e.Plan, stdout, stderr io.Writer) (err e
 		return err
 	}
 	fmt.Fprintln(stdout, filepath.Join(plan.Out, e2e.PageFile))
-	return giveBack(plan.Out)
+	return nil
 }

@@ -24,8 +24,8 @@ func TestE2E(t *testing.T) {
 		t.Fatal(err)
 	}
 	program := filepath.Join(bin, "plimsoll") // pods run it, too
-	_, cache := kindtest.Engine(t, program)
-	if err := kind.Enough(e2e.Nodes, 0); err != nil {
+	e, cache := kindtest.Engine(t, program)
+	if err := kind.Enough(t.Context(), e, e2e.Nodes, 0); err != nil {
 		t.Skip(err)
 	}
 	if err := e2e.Parts(bin, cache); err != nil {

@@ -45,7 +45,7 @@ func (r *Run) Render(dir string) error {
 		return fmt.Errorf("render: %w", err)
 	}
 	for _, f := range files {
-		if err := writeFile(filepath.Join(dir, f.name), f.content); err != nil {
+		if err := WriteFile(filepath.Join(dir, f.name), f.content); err != nil {
 			return err
 		}
 	}

@@ -152,7 +152,7 @@ func (w *Writer) writeEnvironment(env Environment) error {
 	if err != nil {
 		return fmt.Errorf("write environment: %w", err)
 	}
-	return writeFile(filepath.Join(w.dir, EnvironmentFile), append(b, '\n'))
+	return WriteFile(filepath.Join(w.dir, EnvironmentFile), append(b, '\n'))
 }
 
 // header returns the configuration lines that benchstat shows above its tables and can group by.
@@ -195,8 +195,8 @@ func configKey(s string) string {
 	return strings.TrimLeft(s, "-./_0123456789")
 }
 
-// writeFile replaces name by b whole, or leaves it as it was: a reader never sees half a file.
-func writeFile(name string, b []byte) error {
+// WriteFile replaces name by b whole, or leaves it as it was: a reader never sees half a file.
+func WriteFile(name string, b []byte) error {
 	f, err := os.CreateTemp(filepath.Dir(name), "."+filepath.Base(name)+".*")
 	if err != nil {
 		return fmt.Errorf("write %s: %w", name, err)

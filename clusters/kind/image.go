@@ -47,7 +47,7 @@ func Available(ctx context.Context, nodeImage, cache string) error {
 	if err != nil {
 		return err
 	}
-	if err := Enough(DefaultNodes, defaultProxies); err != nil {
+	if err := Enough(ctx, e, DefaultNodes, defaultProxies); err != nil {
 		return err
 	}
 	if nodeImage == "" && !e.Own {

@@ -90,7 +90,7 @@ func (Provider) Create(ctx context.Context, plan clusters.Plan) (_ []clusters.Cl
 			proxies += here // on the control plane's node too
 		}
 	}
-	if err := Enough(nodes, proxies); err != nil {
+	if err := Enough(ctx, e, nodes, proxies); err != nil {
 		return nil, err
 	}
 	use(e)

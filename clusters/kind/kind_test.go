@@ -8,6 +8,7 @@ import (
 	"io"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -21,6 +22,7 @@ import (
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
 	"github.com/plimsoll-bench/plimsoll/clusters/host"
+	"github.com/plimsoll-bench/plimsoll/clusters/kind/engine"
 )
 
 var period = 10 * time.Millisecond
@@ -164,10 +166,15 @@ func TestSupportsSaysWhatKindCannot(t *testing.T) {
 }
 
 func TestEnoughSaysWhatIsWanting(t *testing.T) {
-	if err := Enough(1, 0); err != nil {
+	e := engine.Engine{Kind: "docker", Path: t.TempDir()}
+	script := "#!/bin/sh\n[ \"$*\" = 'info --format {{.DockerRootDir}}' ] && echo '" + e.Path + "'\n"
+	if err := os.WriteFile(filepath.Join(e.Path, e.Kind), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := Enough(t.Context(), e, 1, 0); err != nil {
 		t.Skipf("this host is too small for one node: %v", err)
 	}
-	err := Enough(1_000_000, 0)
+	err := Enough(t.Context(), e, 1_000_000, 0)
 	if err == nil || !strings.Contains(err.Error(), "name fewer --modes") || strings.Contains(err.Error(), "\n") {
 		t.Errorf("a million nodes: %v", err)
 	}

@@ -3,6 +3,7 @@
 package kind
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -15,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/plimsoll-bench/plimsoll/clusters/host"
+	"github.com/plimsoll-bench/plimsoll/clusters/kind/engine"
 )
 
 // DefaultNodes is how many nodes the modes that kind carries everywhere have: direct twice, direct-conntrack, iptables, nftables and
@@ -34,8 +36,8 @@ const (
 // fewer is what to do where several modes stand side by side and the host has too little of something.
 const fewer = "name fewer --modes where several stand side by side"
 
-// Enough says in one line what the host lacks for so many nodes, on so many of which kube-proxy runs.
-func Enough(nodes, proxies int) error {
+// Enough says in one line what the host lacks for so many nodes of an engine, on so many of which kube-proxy runs.
+func Enough(ctx context.Context, e engine.Engine, nodes, proxies int) error {
 	memory, err := host.AvailableMemory()
 	if err != nil {
 		return err
@@ -43,12 +45,16 @@ func Enough(nodes, proxies int) error {
 	if want := uint64(nodes) * nodeMemory; want > memory {
 		return fmt.Errorf("%d nodes want %.1f GiB of memory, %.1f are available: free some, or %s", nodes, gib(want), gib(memory), fewer)
 	}
-	var disk unix.Statfs_t
-	if err := unix.Statfs("/var", &disk); err != nil {
+	root, err := e.Root(ctx)
+	if err != nil {
 		return err
 	}
+	var disk unix.Statfs_t
+	if err := unix.Statfs(root, &disk); err != nil {
+		return fmt.Errorf("where %s keeps containers, %s: %w", e.Kind, root, err)
+	}
 	if want, free := uint64(nodes)*nodeDisk, disk.Bavail*uint64(disk.Bsize); want > free {
-		return fmt.Errorf("%d nodes want %.1f GiB of disk, %.1f are free: free some, or %s", nodes, gib(want), gib(free), fewer)
+		return fmt.Errorf("%d nodes want %.1f GiB of disk, %.1f are free in %s: free some, or %s", nodes, gib(want), gib(free), root, fewer)
 	}
 	// A node that gets none starts and fails in ways that nobody would trace to this.
 	limit, used, err := Inotify()

@@ -140,7 +140,7 @@ func Run(ctx context.Context, plan Plan, provider clusters.Provider, report Repo
 	if err := s.choose(ctx); err != nil {
 		return err
 	}
-	var refused []string
+	refused := map[string]string{} // mode → why
 	for _, name := range plan.Modes {
 		mode, err := dataplane.Find(name)
 		if err != nil {
@@ -151,68 +151,70 @@ func Run(ctx context.Context, plan Plan, provider clusters.Provider, report Repo
 			return fmt.Errorf("mode %s: %w", name, err)
 		}
 		if why != "" {
-			refused = append(refused, why)
-			report.Step("skipped, " + why)
+			refused[name] = why
+			report.Step(fmt.Sprintf("mode %s is skipped: %s", name, why))
 		}
 		for _, family := range plan.Families {
 			if why == "" {
-				if err := s.test(ctx, mode, family); err != nil {
-					return fmt.Errorf("%s, %s: %w", name, family, err)
-				}
+				err = s.test(ctx, mode, family)
 			}
-			if err := s.leave(mode, family, why); err != nil {
-				return err
+			// What has ended before an error counts.
+			for _, p := range s.passes(name, family) {
+				err = errors.Join(err, s.leave(p, why))
 			}
-			if err := s.write(); err != nil {
-				return err
+			if err := errors.Join(err, s.write()); err != nil {
+				return fmt.Errorf("%s, %s: %w", name, family, err)
 			}
 		}
 	}
 	if len(refused) == len(plan.Modes) {
-		return fmt.Errorf("no mode that was named runs here: %s", strings.Join(refused, "; "))
+		return fmt.Errorf("no mode of %v runs here: %v", plan.Modes, refused)
 	}
 	return nil
 }
 
-// refuses says which mode there can be no cluster of here, and why; empty where there can.
+// refuses says why there can be no cluster of a mode here; empty where there can.
 func (s *suite) refuses(ctx context.Context, mode dataplane.Mode) (why string, err error) {
 	if err = mode.Supported(ctx); err == nil {
 		err = s.provider.Supports(mode.Spec(settings))
 	}
-	if errors.Is(err, clusters.ErrNotSupported) {
-		return fmt.Sprintf("mode %s: %s", mode.Name(), clusters.Reason(err)), nil
+	switch {
+	case ctx.Err() != nil: // whatever was asked may say no for that reason
+		return "", context.Cause(ctx)
+	case errors.Is(err, clusters.ErrNotSupported):
+		return clusters.Reason(err), nil
 	}
 	return "", err
 }
 
-// leave keeps which specs are not run in a mode's clusters of a family, and why: those that no cluster can pass, and where the mode is refused the
-// others too. What other commands in this folder have left by another focus stays.
-func (s *suite) leave(mode dataplane.Mode, family clusters.IPFamily, refused string) error {
-	left := slices.Clone(s.left)
-	if refused != "" {
-		for _, name := range s.chosen {
-			left = append(left, Spec{Name: name, Outcome: Skipped, Reason: refused})
+// leave keeps which specs are not run in a pass, and why: those that no cluster can pass in one that was begun; where its mode is refused the others
+// too, once. What other commands in this folder have left by another focus stays, as long as it is true.
+func (s *suite) leave(p pass, refused string) error {
+	ended, err := s.ended(p)
+	if err != nil || len(ended) == 0 && (refused == "" || p.run > 1) {
+		return err
+	}
+	left, err := s.leftIn(p)
+	if err != nil {
+		return err
+	}
+	left = slices.DeleteFunc(left, func(e Spec) bool {
+		return slices.Contains(s.names, e.Name) || refused == "" && cannot(e.Name) == ""
+	})
+	for _, name := range s.names {
+		why := cannot(name)
+		if why == "" && refused != "" {
+			why = fmt.Sprintf("mode %s: %s", p.mode, refused)
+		}
+		if why != "" && p.belongs(name) {
+			left = append(left, Spec{Name: name, Outcome: Skipped, Reason: why})
 		}
 	}
-	for _, p := range s.passes(mode.Name(), family) {
-		earlier, err := s.leftIn(p)
-		if err != nil {
-			return err
-		}
-		all := slices.DeleteFunc(earlier, func(e Spec) bool {
-			return slices.Contains(s.chosen, e.Name) || slices.ContainsFunc(s.left, func(l Spec) bool { return l.Name == e.Name })
-		})
-		for _, l := range left {
-			if p.belongs(l.Name) {
-				all = append(all, l)
-			}
-		}
-		file := filepath.Join(s.dir(p), leftFile)
-		if err := errors.Join(os.MkdirAll(s.dir(p), 0o755), os.WriteFile(file, nil, 0o644), appendLines(file, all...)); err != nil {
-			return err
-		}
+	lines, err := toLines(left...)
+	if err != nil {
+		return err
 	}
-	return nil
+	return errors.Join(os.MkdirAll(s.dir(p), 0o755), results.WriteFile(filepath.Join(s.dir(p), leftFile), lines))
 }
 
 // Parts says what of what a run needs is not there, in bin, the folder of programs, and in cache.
@@ -230,9 +232,8 @@ type suite struct {
 	plan     Plan
 	provider clusters.Provider
 	report   Reporter
-	// chosen are the specs to be run, and left those that are in the focus and cannot be, with the reason. Sorted.
-	chosen []string
-	left   []Spec
+	// names are the specs in the focus, and chosen those of them that can be run. Sorted.
+	names, chosen []string
 	// started counts what was started in clusters.
 	started int
 }
@@ -279,17 +280,13 @@ func (s *suite) choose(ctx context.Context) error {
 	}
 	for _, m := range listed.FindAllSubmatch(out, -1) {
 		name := strings.TrimSpace(string(m[1]))
-		if !wanted.MatchString(name) || !s.plan.Slow && slow.MatchString(name) {
-			continue
-		}
-		if why := cannot(name); why != "" {
-			s.left = append(s.left, Spec{Name: name, Outcome: Skipped, Reason: why})
-		} else {
-			s.chosen = append(s.chosen, name)
+		if wanted.MatchString(name) && (s.plan.Slow || !slow.MatchString(name)) {
+			s.names = append(s.names, name)
 		}
 	}
-	slices.Sort(s.chosen)
-	s.chosen = slices.Compact(s.chosen)
+	slices.Sort(s.names)
+	s.names = slices.Compact(s.names)
+	s.chosen = slices.DeleteFunc(slices.Clone(s.names), func(name string) bool { return cannot(name) != "" })
 	if len(s.chosen) == 0 {
 		return fmt.Errorf("no spec has a name that matches %q", focus)
 	}
@@ -359,7 +356,7 @@ func (s *suite) todo(p pass) ([]string, error) {
 	}), nil
 }
 
-// readLines reads a file of JSON objects, none where there is no file. A last line that was cut off does not count.
+// readLines reads a file of JSON objects, none where there is no file. A line that was cut off does not count.
 func readLines[T any](file string) ([]T, error) {
 	f, err := os.Open(file)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -490,10 +487,14 @@ func (s *suite) runBatch(ctx context.Context, cluster clusters.Testable, dir str
 	ended, err := s.runGinkgo(ctx, cluster, dir, names, processes)
 	took = time.Since(record.Began)
 	record.Seconds = took.Seconds()
-	if len(ended) > 0 {
-		err = errors.Join(err, appendLines(filepath.Join(dir, batchesFile), record), appendLines(filepath.Join(dir, endedFile), ended...))
+	if len(ended) == 0 {
+		return took, err
 	}
-	return took, err
+	// Specs that are not kept are run again, and take their time again.
+	if failed := appendLines(filepath.Join(dir, endedFile), ended...); failed != nil {
+		return took, errors.Join(err, failed)
+	}
+	return took, errors.Join(err, appendLines(filepath.Join(dir, batchesFile), record))
 }
 
 // about says with what specs are run, and on what.
@@ -528,6 +529,10 @@ func (s *suite) runGinkgo(ctx context.Context, cluster clusters.Testable, dir st
 	}
 	argv = append(argv, filepath.Join(s.plan.Bin, suiteFile), "--", "--kubeconfig="+kubeconfig, "--kubectl-path="+kubectl, "--provider=skeleton", "--num-nodes="+strconv.Itoa(workers))
 	log := filepath.Join(dir, "log.txt")
+	// One that a batch left that was cut off would pass for this one's.
+	if err := os.RemoveAll(filepath.Join(dir, reportFile)); err != nil {
+		return nil, err
+	}
 	s.started++
 	process, err := cluster.Start(fmt.Sprintf("ginkgo-%d", s.started), argv, environment(), log)
 	if err != nil {
@@ -551,7 +556,7 @@ func (s *suite) runGinkgo(ctx context.Context, cluster clusters.Testable, dir st
 			err = fmt.Errorf("%q has not ended: see %s", name, log)
 		}
 	}
-	return ended, errors.Join(err, os.Remove(filepath.Join(dir, reportFile))) // the next batch's has the same name
+	return ended, err
 }
 
 // outcomes reads the report of Kubernetes' suite: what was run, and how it ended.
@@ -578,17 +583,30 @@ func outcomes(report []byte) (ended []Spec, err error) {
 	return ended, nil
 }
 
-// appendLines adds JSON objects to a file.
+// appendLines adds JSON objects to a file, after what may be a line that was cut off.
 func appendLines[T any](file string, objects ...T) error {
+	lines, err := toLines(objects...)
+	if err != nil {
+		return err
+	}
 	f, err := os.OpenFile(file, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return err
 	}
-	encoder := json.NewEncoder(f)
-	for _, o := range objects {
-		err = errors.Join(err, encoder.Encode(o))
-	}
+	_, err = f.Write(append([]byte("\n"), lines...))
 	return errors.Join(err, f.Close())
+}
+
+// toLines are objects as lines of JSON.
+func toLines[T any](objects ...T) ([]byte, error) {
+	var b bytes.Buffer
+	encoder := json.NewEncoder(&b)
+	for _, o := range objects {
+		if err := encoder.Encode(o); err != nil {
+			return nil, err
+		}
+	}
+	return b.Bytes(), nil
 }
 
 // oneLine is the first line of a reason.

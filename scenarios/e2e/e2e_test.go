@@ -45,9 +45,9 @@ func TestChoose(t *testing.T) {
 	basic, rejected := "[sig-network] Services should serve | a basic endpoint", "[sig-network] Services should be rejected [Slow]"
 	dual := "[sig-network] [Feature:IPv6DualStack] should have two addresses"
 	for _, test := range []struct {
-		plan   Plan
-		chosen []string
-		left   int
+		plan      Plan
+		chosen    []string
+		leftAside int
 	}{
 		{Plan{}, []string{basic, dual}, 1},
 		{Plan{Slow: true}, []string{rejected, basic, dual}, 1},
@@ -57,8 +57,8 @@ func TestChoose(t *testing.T) {
 		if err := s.choose(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if !slices.Equal(s.chosen, test.chosen) || len(s.left) != test.left {
-			t.Errorf("%+v chooses %q and leaves %v", test.plan, s.chosen, s.left)
+		if !slices.Equal(s.chosen, test.chosen) || len(s.names)-len(s.chosen) != test.leftAside {
+			t.Errorf("%+v chooses %q of %q", test.plan, s.chosen, s.names)
 		}
 	}
 	for _, focus := range []string{"(", "nothing is called so"} {
@@ -93,8 +93,7 @@ func TestResume(t *testing.T) {
 	ended(pass{"somebody's", clusters.IPv6, 1}, passed)
 	record := batch{Began: time.Now(), Seconds: 90, About: "Kubernetes v1.99.0; a machine"}
 	for _, p := range []pass{{"iptables", clusters.IPv4, 1}, {"ebpf", clusters.IPv4, 1}, {"ebpf", clusters.IPv4, 2}, {"nftables", clusters.IPv6, 1}} {
-		mode, err := dataplane.Find(p.mode)
-		if err := errors.Join(err, s.leave(mode, p.family, ""), appendLines(filepath.Join(s.dir(p), batchesFile), record)); err != nil {
+		if err := errors.Join(s.leave(p, ""), appendLines(filepath.Join(s.dir(p), batchesFile), record)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -109,12 +108,19 @@ func TestResume(t *testing.T) {
 			t.Errorf("%v: left are %q (%v), want %d", test.pass, todo, err, test.want)
 		}
 	}
+	if err := appendLines(filepath.Join(s.dir(pass{"ebpf", clusters.IPv4, 1}), endedFile), Spec{Name: s.chosen[0], Outcome: Passed}); err != nil {
+		t.Fatal(err)
+	}
 	if err := s.write(); err != nil {
 		t.Fatal(err)
 	}
 	rows := table(t, s.plan.Out)
-	if want := []string{s.chosen[1], "ebpf", "ipv4", "2", "failed", "2.0", "no answer"}; !slices.ContainsFunc(rows, func(r []string) bool { return slices.Equal(r, want) }) {
-		t.Errorf("no row %q in %q", want, rows)
+	for _, want := range [][]string{
+		{s.chosen[1], "ebpf", "ipv4", "2", "failed", "2.0", "no answer"}, {s.chosen[0], "ebpf", "ipv4", "1", "passed", "0.0", ""},
+	} {
+		if !slices.ContainsFunc(rows, func(r []string) bool { return slices.Equal(r, want) }) {
+			t.Errorf("no row %q in %q", want, rows)
+		}
 	}
 	page, err := os.ReadFile(filepath.Join(s.plan.Out, PageFile))
 	if err != nil {
@@ -122,7 +128,7 @@ func TestResume(t *testing.T) {
 	}
 	for _, want := range []string{
 		"\n## IPv4\n\n| spec | iptables | nftables | ebpf | |\n", `serve \| a basic endpoint | passed |  | **1 of 2** | no answer |`, "| skipped |  | skipped | needs a cloud's load balancer |",
-		"\n| IPv4 | ebpf | 2 | 0 | 1 | 1 | 1.5 |\n", "\n| IPv6 | nftables | 1 | 1 | 0 | 1 | 1.5 |\n", "\n- Kubernetes v1.99.0; a machine\n",
+		"\n| IPv4 | ebpf | 2 | 1 | 1 | 1 | 1.5 |\n", "\n| IPv6 | nftables | 1 | 1 | 0 | 1 | 1.5 |\n", "\n- Kubernetes v1.99.0; a machine\n",
 	} {
 		if !strings.Contains(string(page), want) {
 			t.Errorf("the page has no %q:\n%s", want, page)
@@ -148,59 +154,89 @@ func table(t *testing.T, out string) [][]string {
 	return rows
 }
 
-// A fakeProvider gives nodes what they want, unless it says why not, and makes no clusters.
+// A fakeProvider gives nodes what they want, but for those of some sites, and makes no clusters.
 type fakeProvider struct {
 	clusters.Provider
-	refuses error
+	refuses []string
 }
 
-func (p fakeProvider) Supports(clusters.ProxySpec) error { return p.refuses }
+func (p fakeProvider) Supports(spec clusters.ProxySpec) error {
+	if slices.Contains(p.refuses, spec.Name) {
+		return fmt.Errorf("no lanes: %w", clusters.ErrNotSupported)
+	}
+	return nil
+}
 
-// A mode that cannot be had here stands in the table with the reason, until it can; so do specs that cannot, whatever the focus of later commands.
+// A mode that cannot be had here stands in the table with the reason, until it can, and the others go on. So do specs that no cluster can pass,
+// whatever the focus of later commands.
 func TestRefusedMode(t *testing.T) {
-	s := newSuite(t, Plan{Runs: 1, Modes: []string{"direct"}, Families: []clusters.IPFamily{clusters.IPv4}, Cache: t.TempDir()})
+	s := newSuite(t, Plan{Runs: 2, Families: []clusters.IPFamily{clusters.IPv4}, Cache: t.TempDir()})
 	for _, part := range []string{filepath.Join(s.plan.Bin, ginkgoFile), filepath.Join(s.plan.Cache, archiveFile)} {
 		if err := os.WriteFile(part, nil, 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
 	const (
-		basic, dns, lb = "[sig-network] Services should serve | a basic endpoint", "[sig-network] DNS should provide DNS",
-			"[sig-network] Services should have a load balancer [Feature:LoadBalancer]"
-		needsCloud, noLanes = "needs a cloud's load balancer", "mode direct: the kernel has no lanes"
+		basic, dns = "[sig-network] Services should serve | a basic endpoint", "[sig-network] DNS should provide DNS"
+		lb         = "[sig-network] Services should have a load balancer [Feature:LoadBalancer]"
+		needsCloud = "needs a cloud's load balancer"
 	)
-	expect := func(want ...[3]string) {
+	// direct is the mode that every host has.
+	noDirect := func(name string) []string {
+		return []string{name, "direct", "ipv4", "1", "skipped", "0.0", "mode direct: no lanes"}
+	}
+	run := func(focus string, runs int, refuses []string, modes ...string) error {
+		s.plan.Focus, s.plan.Runs, s.plan.Modes = focus, runs, modes
+		return Run(t.Context(), s.plan, fakeProvider{refuses: refuses}, silent{})
+	}
+	expect := func(want ...[]string) {
 		t.Helper()
-		var got [][3]string
-		for _, r := range table(t, s.plan.Out)[1:] {
-			got = append(got, [3]string{r[0], r[4], r[6]})
-		}
-		if !slices.Equal(got, want) {
-			t.Errorf("the table has\n%q, want\n%q", got, want)
+		rows := table(t, s.plan.Out)[1:]
+		rows = slices.DeleteFunc(rows, func(r []string) bool { return r[1] != "direct" })
+		if !slices.EqualFunc(rows, want, slices.Equal) {
+			t.Errorf("the table has\n%q, want\n%q", rows, want)
 		}
 	}
 
-	refusing := fakeProvider{refuses: fmt.Errorf("the kernel has no lanes: %w", clusters.ErrNotSupported)}
+	direct := []string{"direct"}
 	for _, focus := range []string{"", "DNS"} {
-		s.plan.Focus = focus
-		if err := Run(t.Context(), s.plan, refusing, silent{}); err == nil || !strings.Contains(err.Error(), noLanes) {
+		if err := run(focus, 2, direct, "direct"); err == nil || !strings.Contains(err.Error(), "no lanes") {
 			t.Errorf("focus %q: no mode could be had, and the error is %v", focus, err)
 		}
 	}
-	expect([3]string{dns, "skipped", noLanes}, [3]string{lb, "skipped", needsCloud}, [3]string{basic, "skipped", noLanes})
+	expect(noDirect(dns), []string{lb, "direct", "ipv4", "1", "skipped", "0.0", needsCloud}, noDirect(basic))
 	page, err := os.ReadFile(filepath.Join(s.plan.Out, PageFile))
-	if want := "\n| IPv4 | direct | 0 | 0 | 0 | 3 |  |\n"; err != nil || !strings.Contains(string(page), want) {
+	if want := "\n| IPv4 | direct | 0 | 0 | 0 | 3 |  |\n\nSkipped with all specs:\n- mode direct: no lanes\n"; err != nil || !strings.Contains(string(page), want) {
 		t.Errorf("the page has no %q (%v):\n%s", want, err, page)
 	}
 
-	s.plan.Focus = ""
-	if err := appendLines(filepath.Join(s.dir(pass{"direct", clusters.IPv4, 1}), endedFile), Spec{Name: basic, Outcome: Passed}); err != nil {
+	for p := (pass{"direct", clusters.IPv4, 1}); p.run <= 2; p.run++ {
+		if err := errors.Join(os.MkdirAll(s.dir(p), 0o755), appendLines(filepath.Join(s.dir(p), endedFile), Spec{Name: basic, Outcome: Passed, Seconds: 1})); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := run("", 2, []string{"iptables"}, "iptables", "direct"); err != nil {
+		t.Errorf("one mode of two can be had: %v", err)
+	}
+	expect([]string{lb, "direct", "ipv4", "1", "skipped", "0.0", needsCloud}, []string{lb, "direct", "ipv4", "2", "skipped", "0.0", needsCloud},
+		[]string{basic, "direct", "ipv4", "1", "passed", "1.0", ""}, []string{basic, "direct", "ipv4", "2", "passed", "1.0", ""})
+	if rows := table(t, s.plan.Out)[1:]; !slices.ContainsFunc(rows, func(r []string) bool { return r[1] == "iptables" && strings.HasPrefix(r[6], "mode iptables: ") }) {
+		t.Errorf("the refused mode is not in %q", rows)
+	}
+}
+
+// An interrupt is no refusal.
+func TestInterruptedWhileModesAreAsked(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	s := &suite{provider: fakeProvider{refuses: []string{"direct"}}}
+	mode, err := dataplane.Find("direct")
+	if err != nil {
 		t.Fatal(err)
 	}
-	if err := Run(t.Context(), s.plan, fakeProvider{}, silent{}); err != nil {
-		t.Fatal(err)
+	if why, err := s.refuses(ctx, mode); why != "" || !errors.Is(err, context.Canceled) {
+		t.Errorf("refused because of %q (%v)", why, err)
 	}
-	expect([3]string{dns, "skipped", noLanes}, [3]string{lb, "skipped", needsCloud}, [3]string{basic, "passed", ""})
 }
 
 // A fakeCluster has programs run on this host.

@@ -3,9 +3,10 @@
 package e2e
 
 import (
+	"bytes"
 	"encoding/csv"
+	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
 	"github.com/plimsoll-bench/plimsoll/dataplane"
+	"github.com/plimsoll-bench/plimsoll/results"
 )
 
 // The files of the results, in Plan.Out.
@@ -42,24 +44,23 @@ func (s *suite) write() error {
 		}
 	}
 	slices.SortStableFunc(rows, func(a, b row) int { return strings.Compare(a.Name, b.Name) })
-	f, err := os.Create(filepath.Join(s.plan.Out, TableFile))
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	w := csv.NewWriter(f)
+	var b bytes.Buffer
+	w := csv.NewWriter(&b)
 	w.Write([]string{"spec", "mode", "family", "run", "outcome", "seconds", "reason"})
 	for _, r := range rows {
 		w.Write([]string{r.Name, r.mode, string(r.family), strconv.Itoa(r.run), string(r.Outcome), strconv.FormatFloat(r.Seconds, 'f', 1, 64), oneLine(r.Reason)})
 	}
 	w.Flush()
 	if err := w.Error(); err != nil {
-		return fmt.Errorf("write %s: %w", TableFile, err)
+		return err
 	}
-	return os.WriteFile(filepath.Join(s.plan.Out, PageFile), []byte(page(rows, batches)), 0o644)
+	return errors.Join(
+		results.WriteFile(filepath.Join(s.plan.Out, TableFile), b.Bytes()),
+		results.WriteFile(filepath.Join(s.plan.Out, PageFile), []byte(page(rows, batches))),
+	)
 }
 
-// read reads what has ended in a mode's clusters of a family, and what was left: in all passes, each of which was begun when the one before it was done.
+// read reads what has ended in a mode's clusters of a family, and what was left: in all passes, of which none has something where the one before it has nothing.
 func (s *suite) read(mode string, family clusters.IPFamily) (rows []row, batches []passBatch, err error) {
 	for p := (pass{mode, family, 1}); ; p.run++ {
 		ended, err := s.ended(p)
@@ -97,8 +98,8 @@ type passBatch struct {
 
 // A cell is what came of a spec in a mode's clusters of one family, in all runs.
 type cell struct {
-	passed, ended int
-	why           string
+	passed, ended   int
+	failed, skipped string // why
 }
 
 // outcome is passed where it was each time.
@@ -110,6 +111,14 @@ func (c *cell) outcome() Outcome {
 		return Passed
 	}
 	return Failed
+}
+
+// why is the reason where the outcome wants one.
+func (c *cell) why() string {
+	if c.outcome() == Skipped {
+		return c.skipped
+	}
+	return c.failed
 }
 
 func (c *cell) String() string {
@@ -151,13 +160,15 @@ func columns(rows []row, batches []passBatch) map[columnKey]*column {
 			c = new(cell)
 			col.cells[r.Name] = c
 		}
-		if r.Outcome != Skipped {
-			c.ended++
-		}
-		if r.Outcome == Passed {
+		switch r.Outcome {
+		case Passed:
 			c.passed++
-		} else {
-			c.why = oneLine(r.Reason)
+			c.ended++
+		case Failed:
+			c.failed = oneLine(r.Reason)
+			c.ended++
+		case Skipped:
+			c.skipped = oneLine(r.Reason)
 		}
 	}
 	for _, b := range batches {
@@ -190,20 +201,29 @@ func about(batches []passBatch) string {
 	return fmt.Sprintf("Kubernetes' own specs in kind clusters, from %s to %s UTC:\n- %s\n", first.UTC().Format(minute), last.UTC().Format(minute), strings.Join(all, "\n- "))
 }
 
-// page are the tables side by side, as Markdown: for each family how often each spec passed in each mode, after a summary.
+// page are the tables side by side, as Markdown: for each family how often each spec passed in each mode, after a summary. Modes without a run
+// are in the summary alone, and below it why.
 func page(rows []row, batches []passBatch) string {
 	all := columns(rows, batches)
-	var modes []string
+	var named, modes, refusals []string
 	for _, mode := range dataplane.Modes {
-		if slices.ContainsFunc(rows, func(r row) bool { return r.mode == mode.Name() }) {
-			modes = append(modes, mode.Name())
+		name := mode.Name()
+		first := slices.IndexFunc(rows, func(r row) bool { return r.mode == name && cannot(r.Name) == "" })
+		if first < 0 {
+			continue
+		}
+		named = append(named, name)
+		if slices.ContainsFunc(batches, func(b passBatch) bool { return b.mode == name }) {
+			modes = append(modes, name)
+		} else {
+			refusals = append(refusals, "- "+rows[first].Reason+"\n")
 		}
 	}
 	var b strings.Builder
 	b.WriteString("# Kubernetes' own tests of Services, mode by mode\n\n" + about(batches) + "\n")
 	b.WriteString("| | mode | runs | specs passed each time | failed | skipped | minutes a run, without the cluster's making |\n|---|---|---|---|---|---|---|\n")
 	for _, family := range clusters.IPFamilies() {
-		for _, mode := range modes {
+		for _, mode := range named {
 			col := all[columnKey{mode, family}]
 			if col == nil {
 				continue
@@ -219,10 +239,13 @@ func page(rows []row, batches []passBatch) string {
 			fmt.Fprintf(&b, "| %s | %s | %d | %d | %d | %d | %s |\n", title(family), mode, col.runs, outcomes[Passed], outcomes[Failed], outcomes[Skipped], minutes)
 		}
 	}
+	if len(refusals) > 0 {
+		b.WriteString("\nSkipped with all specs:\n" + strings.Join(refusals, ""))
+	}
 	for _, family := range clusters.IPFamilies() {
 		var here []string
 		for _, r := range rows {
-			if r.family == family {
+			if r.family == family && slices.Contains(modes, r.mode) {
 				here = append(here, r.Name) // sorted, as rows are
 			}
 		}
@@ -238,8 +261,8 @@ func page(rows []row, batches []passBatch) string {
 					c = col.cells[name]
 				}
 				words = append(words, c.String())
-				if c != nil && c.why != "" && !slices.Contains(reasons, c.why) {
-					reasons = append(reasons, c.why)
+				if c != nil && c.why() != "" && !slices.Contains(reasons, c.why()) {
+					reasons = append(reasons, c.why())
 				}
 			}
 			fmt.Fprintf(&b, "| %s | %s | %s |\n", escape(name), strings.Join(words, " | "), escape(strings.Join(reasons, "; ")))

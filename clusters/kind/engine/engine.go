@@ -18,6 +18,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/plimsoll-bench/plimsoll/clusters"
 	"github.com/plimsoll-bench/plimsoll/clusters/host"
 )
@@ -72,6 +74,16 @@ func (e Engine) Command(ctx context.Context, args ...string) *exec.Cmd {
 	return exec.CommandContext(ctx, filepath.Join(e.Path, e.Kind), args...)
 }
 
+// Root is the folder where the engine keeps containers.
+func (e Engine) Root(ctx context.Context) (string, error) {
+	format := map[string]string{"docker": "{{.DockerRootDir}}", "podman": "{{.Store.GraphRoot}}"}[e.Kind]
+	out, err := e.Command(ctx, "info", "--format", format).Output()
+	if err != nil {
+		return "", fmt.Errorf("%s info: %w", e.Kind, err)
+	}
+	return strings.TrimSpace(string(out)), nil
+}
+
 // commandDir holds the engine's podman command while it runs.
 func commandDir() string { return filepath.Join(host.StateDir, Name) }
 
@@ -81,8 +93,8 @@ func running() bool {
 	return alive
 }
 
-// Start unpacks the engine into cache unless it is there, and starts it. Refused where an engine of the host's own answers; one that
-// Start started before is left as it is. report is told what is being done.
+// Start unpacks the engine into cache unless it is there, and starts it. Nothing is started where one answers: the host's own, or one that
+// Start started before. report is told what is being done.
 func Start(ctx context.Context, cache string, report func(string)) error {
 	if os.Geteuid() != 0 {
 		return errors.New("an engine makes namespaces and mounts: run it as root (sudo)")
@@ -92,7 +104,8 @@ func Start(ctx context.Context, cache string, report func(string)) error {
 		return nil
 	}
 	if e, err := findHost(ctx); err == nil {
-		return fmt.Errorf("%s answers here already and kind can use it: no engine of our own is needed", e.Kind)
+		report(e.Kind + " answers here, and kind can use it: no engine of our own is started")
+		return nil
 	}
 	dir, err := unpack(ctx, cache, report)
 	if err != nil {
@@ -192,8 +205,8 @@ func Stop(ctx context.Context) error {
 		own().Command(orderly, "rm", "--all", "--force", "--volumes", "--time", "0").Run()
 	}
 	err := errors.Join(removeContainers(ctx), host.Remove(ctx, Name), os.RemoveAll(commandDir()))
-	// The folder over which Hold mounts. One that does not go, because it is not empty, is somebody else's.
-	os.Remove(imageCache)
+	// The folder over which Hold mounts, unless it is a link or holds something: that is not Hold's.
+	unix.Rmdir(imageCache)
 	return err
 }
 
@@ -206,7 +219,7 @@ func Clean(ctx context.Context) (bool, error) {
 }
 
 // removeContainers kills what still runs in containers, and removes the folders that podman leaves in the hierarchies of cgroup v1.
-// No other podman's are there: Start is refused where one answers.
+// No other podman's are there: Start starts nothing where one answers.
 func removeContainers(ctx context.Context) error {
 	root, err := clusters.Cgroup2Mount()
 	if err != nil {

@@ -4,9 +4,12 @@
 package kindtest
 
 import (
+	"errors"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/plimsoll-bench/plimsoll/clusters/kind"
@@ -34,6 +37,7 @@ func Engine(t *testing.T, program string) (e engine.Engine, cache string) {
 	if e, err = engine.Find(t.Context()); err == nil {
 		return e, cache
 	}
+	before := podmans(t)
 	if out, err := exec.Command(program, "engine", "start", "--cache", cache).CombinedOutput(); err != nil {
 		t.Skipf("no container engine can be had here: %s", out)
 	}
@@ -41,9 +45,32 @@ func Engine(t *testing.T, program string) (e engine.Engine, cache string) {
 		if out, err := exec.Command(program, "engine", "stop").CombinedOutput(); err != nil {
 			t.Errorf("stop the engine: %v: %s", err, out)
 		}
+		if after := podmans(t); !slices.Equal(after, before) {
+			t.Errorf("the engine leaves %q on the host, where there was %q", after, before)
+		}
 	})
 	if e, err = engine.Find(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	return e, cache
+}
+
+// podmans is what lies below the folder that podman keeps on a host, and since when.
+func podmans(t *testing.T) (all []string) {
+	t.Helper()
+	const root = "/var/lib/containers"
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || path == root {
+			return err
+		}
+		info, err := d.Info()
+		if err == nil {
+			all = append(all, path+" of "+info.ModTime().String())
+		}
+		return err
+	})
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	return all
 }
