@@ -95,7 +95,7 @@ check: go-version root bin/plimsoll ## gofmt, vet, staticcheck, actionlint, shel
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 	$(GO) tool actionlint
-	shellcheck .ci/run clusters/kind/nodeimage/{assemble,sources,root/usr/local/bin/entrypoint,root/usr/local/lib/plimsoll/kubelet-cgroup}
+	shellcheck .ci/run clusters/kind/nodeimage/{assemble,sources,root/usr/local/bin/entrypoint,root/usr/local/lib/plimsoll/kubelet-{cgroup,names}}
 	@# The work tree is compared with itself, so that a change can be checked before it is committed.
 	@sums() { $(GIT) ls-files -z --cached --others --exclude-standard '*_bpfe[lb].*' | xargs -0r sha256sum; }; \
 	before=$$(sums); $(MAKE) --no-print-directory generate; after=$$(sums); \
