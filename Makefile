@@ -21,14 +21,22 @@ export PATH := $(PATH):/usr/sbin:/sbin
 PROVIDER ?= auto,guest
 # What takes long to build and outlives a checkout.
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/plimsoll
+export PLIMSOLL_CACHE := $(CACHE)
 PROFILE ?= default
 OUT ?=
 ARGS ?=
 TESTFLAGS ?= $(if $(CI),-v)
 
 # Measuring needs root, building does not: what follows $(SUDO) runs as root, everything else as the caller.
-SUDO := $(if $(filter-out 0,$(shell id -u)),sudo env NO_INSTALL='$(NO_INSTALL)' CI='$(CI)')
+SUDO := $(if $(filter-out 0,$(shell id -u)),sudo env NO_INSTALL='$(NO_INSTALL)' CI='$(CI)' PLIMSOLL_CACHE='$(CACHE)')
 INSTALL = @$(SUDO) bin/plimsoll doctor --install
+# Programs by the caller, in the caller's caches; file systems and archives of them by root.
+define make-images
+$(INSTALL) --with node-image
+@$(MAKE) --no-print-directory -C clusters/kind/nodeimage programs GO='$(GO)' CACHE='$(CACHE)'
+@$(SUDO) env PATH="$$PATH" GOPATH="$$($(GO) env GOPATH)" GOCACHE="$$($(GO) env GOCACHE)" GOFLAGS='$(GOFLAGS)' \
+$(MAKE) --no-print-directory -C clusters/kind/nodeimage $(1) GO='$(GO)' CACHE='$(CACHE)'
+endef
 GIT := git -c safe.directory='$(CURDIR)'
 BINARIES := bin/kube-apiserver bin/kube-proxy bin/etcd
 
@@ -43,13 +51,13 @@ help: ## print this help
 # Guests alone need no root.
 .PHONY: bench
 bench: go-version $(if $(filter guest,$(PROVIDER)),,root) bin/plimsoll $(if $(filter guest,$(PROVIDER)),,packages) $(if $(findstring guest,$(PROVIDER)),guest-parts) $(BINARIES) ## set up, then measure the load line [PROVIDER=auto,guest|auto|lab|kind|guest] [PROFILE=quick|default|full] [OUT=DIR] [ARGS=…]
-	@$(if $(filter guest,$(PROVIDER)),,$(SUDO)) bin/plimsoll run --provider '$(PROVIDER)' --profile '$(PROFILE)' --cache '$(CACHE)' $(if $(OUT),--out '$(OUT)') $(ARGS)
+	@$(if $(filter guest,$(PROVIDER)),,$(SUDO)) bin/plimsoll run --provider '$(PROVIDER)' --profile '$(PROFILE)' $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 .PHONY: test
 test: go-version root bin/plimsoll packages $(BINARIES) kind-parts bin/e2e.test bin/ginkgo guest-parts ## set up, then run every test, as root: most of them need a kernel
 	@# One package at a time: tests that load rules and measure would disturb each other. Kernels change without
 	@# Go noticing, so no result is taken from the cache.
-	$(GO) test -p 1 -count 1 -timeout 25m $(TESTFLAGS) $(if $(SUDO),-exec "sudo env PATH=$$PATH CI=$(CI)") ./...
+	$(GO) test -p 1 -count 1 -timeout 25m $(TESTFLAGS) $(if $(SUDO),-exec "sudo env PATH=$$PATH CI=$(CI) PLIMSOLL_CACHE='$(CACHE)'") ./...
 
 .PHONY: figures
 figures: go-version root bin/plimsoll packages $(BINARIES) ## measure the load balancer's own figures, on a quiet machine: hook, connect, round trips, agent beside kube-proxy
@@ -59,7 +67,7 @@ figures: go-version root bin/plimsoll packages $(BINARIES) ## measure the load b
 
 .PHONY: accept
 accept: go-version bin/plimsoll guest-parts $(BINARIES) ## count instructions in guests, and accept the counts that tests hold later ones to
-	@bin/plimsoll accept --cache '$(CACHE)' $(ARGS)
+	@bin/plimsoll accept $(ARGS)
 
 MODES ?= iptables,nftables,ebpf,ipvs
 FOCUS ?=
@@ -67,7 +75,7 @@ SLOW ?=
 
 .PHONY: e2e
 e2e: go-version root bin/plimsoll packages kind-engine node-image e2e-parts ## run Kubernetes' own tests of Services in each mode, on kind [MODES=iptables,nftables,ebpf,ipvs] [FOCUS=REGEXP] [SLOW=1] [OUT=DIR] [ARGS=…]
-	@$(SUDO) bin/plimsoll e2e --modes '$(MODES)' --cache '$(CACHE)' $(if $(FOCUS),--focus '$(FOCUS)') $(if $(SLOW),--slow) $(if $(OUT),--out '$(OUT)') $(ARGS)
+	@$(SUDO) bin/plimsoll e2e --modes '$(MODES)' $(if $(FOCUS),--focus '$(FOCUS)') $(if $(SLOW),--slow) $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 .PHONY: race
 race: go-version root bin/plimsoll ## run the tests of packages that need no kernel under the race detector
@@ -79,13 +87,11 @@ build: go-version bin/plimsoll $(BINARIES) ## build plimsoll and, once, the Kube
 
 .PHONY: node-image
 node-image: go-version root bin/plimsoll ## make a node image for kind from distribution packages and Go modules, without a registry
-	$(INSTALL) --with node-image
-	@$(SUDO) env PATH="$$PATH" GOPATH="$$($(GO) env GOPATH)" GOCACHE="$$($(GO) env GOCACHE)" GOFLAGS='$(GOFLAGS)' \
-	$(MAKE) --no-print-directory -C clusters/kind/nodeimage GO='$(GO)' CACHE='$(CACHE)'
+	$(call make-images,image)
 
 .PHONY: kind-engine
 kind-engine: go-version root bin/plimsoll packages ## start a container engine for kind where there is none; plimsoll engine stop ends it
-	@$(SUDO) bin/plimsoll engine start --cache '$(CACHE)'
+	@$(SUDO) bin/plimsoll engine start
 
 .PHONY: check
 check: go-version root bin/plimsoll ## gofmt, vet, staticcheck, actionlint, shellcheck, and that regenerating changes nothing
@@ -148,9 +154,7 @@ e2e-parts: bin/e2e.test bin/ginkgo e2e-image
 
 .PHONY: e2e-image
 e2e-image: go-version root bin/plimsoll
-	$(INSTALL) --with node-image
-	@$(SUDO) env PATH="$$PATH" GOPATH="$$($(GO) env GOPATH)" GOCACHE="$$($(GO) env GOCACHE)" GOFLAGS='$(GOFLAGS)' \
-	$(MAKE) --no-print-directory -C clusters/kind/nodeimage e2e GO='$(GO)' CACHE='$(CACHE)'
+	$(call make-images,e2e)
 
 # The tests of kind start an engine by themselves, where there is none and one can be had.
 .PHONY: kind-parts

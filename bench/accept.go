@@ -47,7 +47,7 @@ func newAcceptCommand() *cobra.Command {
 	f.StringVar(&o.file, "file", acceptedFile, "file of the accepted counts")
 	f.BoolVar(&o.check, "check", false, "compare and write nothing")
 	f.StringVar(&o.plan.Bin, "bin", "", "folder with kube-proxy (default the one that this program lies in)")
-	f.StringVar(&o.plan.Cache, "cache", "", "folder of kernels and initramfs (default the user's cache)")
+	f.StringVar(&o.plan.Cache, "cache", "", "folder of kernels and initramfs (default "+defaultCache+")")
 	f.StringVar(&o.plan.Out, "out", "", "folder to keep the run in (default none)")
 	o.guest.bind(f)
 	return cmd
@@ -74,7 +74,7 @@ func (o *acceptOptions) run(ctx context.Context, stdout, stderr io.Writer) (err 
 	} else if err := makeOut(o.plan.Out); err != nil {
 		return err
 	}
-	progress, err := newProgress(stderr, filepath.Join(o.plan.Out, "log.txt"))
+	progress, err := newProgress(stderr, o.plan.Out)
 	if err != nil {
 		return err
 	}

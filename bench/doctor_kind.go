@@ -7,6 +7,7 @@ import (
 	"fmt"
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
 	"github.com/plimsoll-bench/plimsoll/clusters/kind"
 	"github.com/plimsoll-bench/plimsoll/clusters/kind/engine"
 )
@@ -25,7 +26,7 @@ func examineKind(ctx context.Context) []finding {
 	}
 
 	image := finding{"node image", note, "", ""}
-	cache, err := cacheDir()
+	cache, err := host.CacheDir()
 	if err == nil {
 		var name string
 		if name, err = kind.OwnArchive(cache); err == nil {

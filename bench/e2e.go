@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -50,7 +52,7 @@ func newE2ECommand() *cobra.Command {
 	f.IntVar(&plan.Processes, "processes", plan.Processes, "specs that run at a time, where they may")
 	f.StringVar(&plan.Out, "out", "", "folder for the results, or of a run that was cut off (default results/runs/e2e)")
 	f.StringVar(&plan.Bin, "bin", "", "folder with e2e.test and ginkgo (default the one that this program lies in)")
-	f.StringVar(&plan.Cache, "cache", "", "folder of the images (default the user's cache)")
+	f.StringVar(&plan.Cache, "cache", "", "folder of the images (default "+defaultCache+")")
 	f.StringVar(&plan.NodeImage, "node-image", kind.OwnImage, "image of kind's nodes; the default is of the Kubernetes that the specs are of, and make node-image makes it")
 	return cmd
 }
@@ -89,12 +91,15 @@ func runE2E(ctx context.Context, plan e2e.Plan, stdout, stderr io.Writer) (err e
 	if plan.Out == "" {
 		plan.Out = filepath.Join("results", "runs", "e2e")
 	}
+	if err := ofE2E(plan.Out); err != nil {
+		return fmt.Errorf("--out: %w", err)
+	}
 	if err := results.MakeDir(plan.Out); err != nil {
 		return fmt.Errorf("--out: %w", err)
 	}
 	defer func() { err = errors.Join(err, giveBack(plan.Out)) }()
 	plan.Environment = describeHost(ctx, plan.Bin)
-	progress, err := newProgress(stderr, filepath.Join(plan.Out, "log.txt"))
+	progress, err := newProgress(stderr, plan.Out)
 	if err != nil {
 		return err
 	}
@@ -103,5 +108,21 @@ func runE2E(ctx context.Context, plan e2e.Plan, stdout, stderr io.Writer) (err e
 		return err
 	}
 	fmt.Fprintln(stdout, filepath.Join(plan.Out, e2e.PageFile))
+	return nil
+}
+
+// ofE2E refuses a folder that holds something else than results of such runs: all in it is handed to the user who called sudo.
+func ofE2E(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	for _, e := range entries {
+		// A file that was being written when its run was killed has a dot, and something after its name.
+		of := func(file string) bool { return e.Name() == file || strings.HasPrefix(e.Name(), "."+file+".") }
+		if _, err := dataplane.Find(e.Name()); err != nil && !slices.ContainsFunc([]string{e2e.TableFile, e2e.PageFile, logFile}, of) {
+			return fmt.Errorf("%s holds %s, which is no result of this command: name another folder", dir, e.Name())
+		}
+	}
 	return nil
 }

@@ -6,10 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 
 	"github.com/spf13/cobra"
 
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
 	"github.com/plimsoll-bench/plimsoll/clusters/kind/engine"
 )
 
@@ -20,7 +20,7 @@ func newEngineCommand() *cobra.Command {
 		Short: "start or stop a container engine for kind where there is none",
 		Long: "Engine runs podman, unpacked from the distribution's packages into a cache, in network and mount namespaces of its\n" +
 			"own: nothing is installed, and nothing of it reaches the host's network or rules. Where Docker or podman answer\n" +
-			"already it is refused, because it is not needed.",
+			"already nothing is started.",
 		Args: cobra.NoArgs,
 	}
 	var cache string
@@ -28,14 +28,14 @@ func newEngineCommand() *cobra.Command {
 		Use: "start", Short: "unpack the engine once, and start it", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			if cache == "" {
-				if cache, err = cacheDir(); err != nil {
+				if cache, err = host.CacheDir(); err != nil {
 					return err
 				}
 			}
 			return engine.Start(cmd.Context(), cache, func(line string) { fmt.Fprintln(cmd.OutOrStdout(), line) })
 		},
 	}
-	start.Flags().StringVar(&cache, "cache", "", "folder to unpack it into (default the user's cache)")
+	start.Flags().StringVar(&cache, "cache", "", "folder to unpack it into (default "+defaultCache+")")
 	cmd.AddCommand(start, &cobra.Command{
 		Use: "stop", Short: "stop the engine that start started, with all its containers", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -54,13 +54,4 @@ func newEngineHoldCommand() *cobra.Command {
 		Use: engine.HoldCommand, Hidden: true, Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error { return engine.Hold(cmd.Context(), args[0]) },
 	}
-}
-
-// cacheDir is where heavy builds are kept from one checkout to the next.
-func cacheDir() (string, error) {
-	dir, err := os.UserCacheDir()
-	if err != nil {
-		return "", fmt.Errorf("find the user's cache: %w", err)
-	}
-	return filepath.Join(dir, "plimsoll"), nil
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/plimsoll-bench/plimsoll/clusters/guest"
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
 	"github.com/plimsoll-bench/plimsoll/results"
 	"github.com/plimsoll-bench/plimsoll/scenarios"
 )
@@ -113,7 +114,7 @@ func examineGuests(ctx context.Context) finding {
 		return f
 	}
 	f.state, f.detail = has, version
-	if cache, err := cacheDir(); err == nil {
+	if cache, err := host.CacheDir(); err == nil {
 		if kernel, err := guest.KeptKernel(filepath.Join(cache, "guest")); err == nil {
 			f.detail += ", kernel " + kernel.Release
 		} else {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -29,11 +30,15 @@ type progress struct {
 
 var _ scenarios.Reporter = (*progress)(nil)
 
+// logFile is the name of the file in a folder of results that tells what was done, and when.
+const logFile = "log.txt"
+
 // plainEvery is how often a pipe is told how far a run is.
 const plainEvery = 10 * time.Second
 
-func newProgress(out io.Writer, logFile string) (*progress, error) {
-	log, err := os.OpenFile(logFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+// newProgress shows on out how far a run is, and keeps it in the folder of its results.
+func newProgress(out io.Writer, dir string) (*progress, error) {
+	log, err := os.OpenFile(filepath.Join(dir, logFile), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return nil, fmt.Errorf("open the run's log: %w", err)
 	}

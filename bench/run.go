@@ -23,6 +23,7 @@ import (
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
 	"github.com/plimsoll-bench/plimsoll/clusters/guest"
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
 	"github.com/plimsoll-bench/plimsoll/dataplane"
 	"github.com/plimsoll-bench/plimsoll/results"
 	"github.com/plimsoll-bench/plimsoll/scenarios"
@@ -99,7 +100,7 @@ func newRunCommand() *cobra.Command {
 	f.StringVar(&o.plan.Twin, "twin", "direct", "mode that gets a second node; the noise floor comes from the difference; empty for none")
 	f.IntVar(&o.plan.Connects, "connects", 500, "connects timed per visit and target")
 	f.DurationVar(&o.plan.Patience, "patience", 0, "how long a visit may wait per target for moments in which the CPU is at its full speed")
-	f.StringVar(&o.plan.Cache, "cache", "", "folder of what takes long to build, the node image among it (default the user's cache)")
+	f.StringVar(&o.plan.Cache, "cache", "", "folder of what takes long to build, the node image among it (default "+defaultCache+")")
 	f.StringVar(&o.plan.NodeImage, "node-image", "", "image of kind's nodes (default kind's own pinned one; what make node-image made on the engine of make kind-engine)")
 	f.BoolVar(&o.plan.Retain, "retain", false, "keep kind's clusters and say how to enter them; plimsoll clean removes them")
 	f.Float64Var(&o.plan.Rate, "rate", 1000, "connects a second while CPU is measured, the same for all modes")
@@ -184,6 +185,9 @@ func (o *runOptions) complete(cmd *cobra.Command, args []string) error {
 	return check(cmd, plan)
 }
 
+// defaultCache says which folder host.CacheDir is.
+const defaultCache = "$" + host.CacheVariable + ", or the user's cache"
+
 // findFolders fills in the folders of programs and of the cache where none were given.
 func findFolders(bin, cache *string) (err error) {
 	if *bin == "" {
@@ -192,7 +196,7 @@ func findFolders(bin, cache *string) (err error) {
 		}
 	}
 	if *cache == "" {
-		*cache, err = cacheDir()
+		*cache, err = host.CacheDir()
 	}
 	return err
 }
@@ -304,7 +308,7 @@ func (o *runOptions) run(ctx context.Context, stdout, stderr io.Writer) (err err
 		env.Settings["proxy"] += "; getpeername(2) names Services in mode ebpf"
 	}
 
-	progress, err := newProgress(stderr, filepath.Join(o.plan.Out, "log.txt"))
+	progress, err := newProgress(stderr, o.plan.Out)
 	if err != nil {
 		return err
 	}

@@ -19,6 +19,7 @@ import (
 
 	"github.com/plimsoll-bench/plimsoll/clusters"
 	"github.com/plimsoll-bench/plimsoll/clusters/guest"
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
 )
 
 // TestMain is the guests' init, too, for which the tests' own program is the guests'.
@@ -77,11 +78,10 @@ var jobs = map[string]func(out io.Writer) error{
 
 func newMachine(t *testing.T) guest.Machine {
 	t.Helper()
-	cache, err := os.UserCacheDir()
+	cache, err := host.CacheDir()
 	if err != nil {
 		t.Fatal(err)
 	}
-	cache = filepath.Join(cache, "plimsoll")
 	said := func(what string) { t.Log(what) }
 	if _, err := guest.QEMUVersion(t.Context()); errors.Is(err, clusters.ErrNotSupported) {
 		t.Skipf("skipped: %v", err)

@@ -26,6 +26,22 @@ const StateDir = "/run/plimsoll"
 // MemoryDir is a file system in memory that every Linux distribution mounts.
 const MemoryDir = "/dev/shm"
 
+// CacheVariable names the environment variable of the cache's folder.
+const CacheVariable = "PLIMSOLL_CACHE"
+
+// CacheDir is where what takes long to build is kept from one checkout to the next: the folder that the environment names, or one in the user's
+// cache. Under sudo that is root's, so the Makefile names the caller's.
+func CacheDir() (string, error) {
+	if dir := os.Getenv(CacheVariable); dir != "" {
+		return dir, nil
+	}
+	dir, err := os.UserCacheDir()
+	if err != nil {
+		return "", fmt.Errorf("find the user's cache: %w", err)
+	}
+	return filepath.Join(dir, "plimsoll"), nil
+}
+
 // state is what a run's state file says: enough to find everything the run made after the run itself is gone.
 type state struct {
 	Name string `json:"name"`

@@ -372,9 +372,14 @@ func (c *cluster) Close(ctx context.Context) error {
 		errs = append(errs, c.etcd.Close())
 	}
 	c.keepLogs(ctx)
-	// Nothing on a node is worth the ten seconds that its engine would give it to end by itself.
-	for _, n := range c.nodes() {
-		errs = append(errs, n.cgroup.Kill(ctx))
+	// Nothing on a node is worth the ten seconds that podman would give it to end by itself. Docker gives it none, and starts again what somebody
+	// else ends.
+	if c.world.engine.Kind == "podman" {
+		settle, cancel := context.WithTimeout(ctx, host.SettleLimit)
+		defer cancel()
+		for _, n := range c.nodes() {
+			errs = append(errs, n.cgroup.Kill(settle))
+		}
 	}
 	errs = append(errs, deleteCluster(c.world.kind, c.name))
 	for _, n := range c.nodes() {

@@ -8,7 +8,9 @@ import (
 	"io"
 	"maps"
 	"os"
+	osexec "os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -167,16 +169,25 @@ func TestSupportsSaysWhatKindCannot(t *testing.T) {
 
 func TestEnoughSaysWhatIsWanting(t *testing.T) {
 	e := engine.Engine{Kind: "docker", Path: t.TempDir()}
-	script := "#!/bin/sh\n[ \"$*\" = 'info --format {{.DockerRootDir}}' ] && echo '" + e.Path + "'\n"
-	if err := os.WriteFile(filepath.Join(e.Path, e.Kind), []byte(script), 0o755); err != nil {
-		t.Fatal(err)
+	keepsAt := func(dir string) {
+		t.Helper()
+		script := "#!/bin/sh\n[ \"$*\" = 'info --format {{.DockerRootDir}}' ] && echo '" + dir + "'\n"
+		if err := os.WriteFile(filepath.Join(e.Path, e.Kind), []byte(script), 0o755); err != nil {
+			t.Fatal(err)
+		}
 	}
+	keepsAt(e.Path)
 	if err := Enough(t.Context(), e, 1, 0); err != nil {
 		t.Skipf("this host is too small for one node: %v", err)
 	}
 	err := Enough(t.Context(), e, 1_000_000, 0)
 	if err == nil || !strings.Contains(err.Error(), "name fewer --modes") || strings.Contains(err.Error(), "\n") {
 		t.Errorf("a million nodes: %v", err)
+	}
+	// A file system that is always full.
+	keepsAt("/proc")
+	if err := Enough(t.Context(), e, 1, 0); err == nil || !strings.Contains(err.Error(), "are free in /proc") {
+		t.Errorf("no disk where the engine keeps containers: %v", err)
 	}
 }
 
@@ -220,5 +231,46 @@ func TestMakingKnowsWhatAnEngineIsAskedFor(t *testing.T) {
 		if got := making(strings.Fields(test.line), things); got != test.want {
 			t.Errorf("%s: %v, want %v", test.line, got, test.want)
 		}
+	}
+}
+
+// Pods are not told to ask a resolver that only the node reaches, and those in its own network find the API server all the same.
+func TestKubeletNames(t *testing.T) {
+	script, err := filepath.Abs("nodeimage/root/usr/local/lib/plimsoll/kubelet-names")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const join = "clusters:\n- cluster:\n    server: https://localhost:6443\n"
+	for _, test := range []struct {
+		name, resolver, server string
+		hosts, then            string
+		pods                   string // regular expression of what they are told
+	}{
+		{"podman", "search dns.podman\nnameserver 10.89.0.1\n", join, "10.89.0.3 w\n", "10.89.0.3 w\n", `^search dns\.podman\nnameserver 10\.89\.0\.1\n$`},
+		{"Docker", "# by Docker\nnameserver 127.0.0.11\nsearch example.org\noptions ndots:0\n", join, "127.0.0.1 localhost", "127.0.0.1 localhost\n",
+			`^# by Docker\nnameserver [0-9.]{7,}\noptions ndots:0\n$`},
+		{"no API server yet", "nameserver ::1\nnameserver 10.0.0.1\n", "", "10.0.0.3 w\n", "10.0.0.3 w\n", `^nameserver [0-9.]{7,}\nnameserver 10\.0\.0\.1\n$`},
+		{"an API server's address", "nameserver 127.0.0.11\n", strings.Replace(join, "localhost", "[fd00::1]", 1), "", "\n", `^nameserver [0-9.]{7,}\n$`},
+		{"after a restart", "nameserver 127.0.0.11\n", "", "10.0.0.3 w\n10.0.0.9 c # by kubelet-names\n", "10.0.0.3 w\n", `^nameserver [0-9.]{7,}\n$`},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			root := t.TempDir()
+			for file, content := range map[string]string{"etc/resolv.conf": test.resolver, "etc/hosts": test.hosts, "etc/kubernetes/bootstrap-kubelet.conf": test.server, "kind/resolv.conf": ""} {
+				file = filepath.Join(root, file)
+				if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(content), 0o644)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if out, err := osexec.Command("bash", script, root).CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			pods, err := os.ReadFile(filepath.Join(root, "kind/resolv.conf"))
+			if err != nil || !regexp.MustCompile(test.pods).Match(pods) || strings.Contains(string(pods), "127.") {
+				t.Errorf("pods are told (%v):\n%s", err, pods)
+			}
+			if hosts, err := os.ReadFile(filepath.Join(root, "etc/hosts")); err != nil || string(hosts) != test.then {
+				t.Errorf("the node's hosts are (%v):\n%s\nwant:\n%s", err, hosts, test.then)
+			}
+		})
 	}
 }

@@ -188,20 +188,27 @@ func (s *suite) refuses(ctx context.Context, mode dataplane.Mode) (why string, e
 }
 
 // leave keeps which specs are not run in a pass, and why: those that no cluster can pass in one that was begun; where its mode is refused the others
-// too, once. What other commands in this folder have left by another focus stays, as long as it is true.
+// too, once. They are those in the focus, and those that other commands in this folder have left by another one.
 func (s *suite) leave(p pass, refused string) error {
+	file := filepath.Join(s.dir(p), leftFile)
 	ended, err := s.ended(p)
-	if err != nil || len(ended) == 0 && (refused == "" || p.run > 1) {
-		return err
-	}
-	left, err := s.leftIn(p)
 	if err != nil {
 		return err
 	}
-	left = slices.DeleteFunc(left, func(e Spec) bool {
-		return slices.Contains(s.names, e.Name) || refused == "" && cannot(e.Name) == ""
-	})
-	for _, name := range s.names {
+	if len(ended) == 0 && (refused == "" || p.run > 1) {
+		return os.RemoveAll(file) // refused before
+	}
+	earlier, err := s.leftIn(p)
+	if err != nil {
+		return err
+	}
+	names := slices.Clone(s.names)
+	for _, e := range earlier {
+		names = append(names, e.Name)
+	}
+	slices.Sort(names)
+	var left []Spec
+	for _, name := range slices.Compact(names) {
 		why := cannot(name)
 		if why == "" && refused != "" {
 			why = fmt.Sprintf("mode %s: %s", p.mode, refused)
@@ -214,7 +221,7 @@ func (s *suite) leave(p pass, refused string) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(os.MkdirAll(s.dir(p), 0o755), results.WriteFile(filepath.Join(s.dir(p), leftFile), lines))
+	return errors.Join(os.MkdirAll(s.dir(p), 0o755), results.WriteFile(file, lines))
 }
 
 // Parts says what of what a run needs is not there, in bin, the folder of programs, and in cache.

@@ -33,10 +33,12 @@ const listing = `The following spec names can be used with 'ginkgo run --focus/s
 
 func newSuite(t *testing.T, plan Plan) *suite {
 	t.Helper()
-	plan.Bin, plan.Out = t.TempDir(), t.TempDir()
+	plan.Bin, plan.Cache, plan.Out = t.TempDir(), t.TempDir(), t.TempDir()
 	script := "#!/bin/sh\ncat <<'END'\n" + listing + "END\n"
-	if err := os.WriteFile(filepath.Join(plan.Bin, suiteFile), []byte(script), 0o755); err != nil {
-		t.Fatal(err)
+	for file, content := range map[string]string{filepath.Join(plan.Bin, suiteFile): script, filepath.Join(plan.Bin, ginkgoFile): "", filepath.Join(plan.Cache, archiveFile): ""} {
+		if err := os.WriteFile(file, []byte(content), 0o755); err != nil {
+			t.Fatal(err)
+		}
 	}
 	return &suite{plan: plan}
 }
@@ -154,6 +156,9 @@ func table(t *testing.T, out string) [][]string {
 	return rows
 }
 
+// errNoCluster is what a fakeProvider says.
+var errNoCluster = errors.New("no cluster can be made")
+
 // A fakeProvider gives nodes what they want, but for those of some sites, and makes no clusters.
 type fakeProvider struct {
 	clusters.Provider
@@ -167,15 +172,14 @@ func (p fakeProvider) Supports(spec clusters.ProxySpec) error {
 	return nil
 }
 
+func (fakeProvider) Create(context.Context, clusters.Plan) ([]clusters.Cluster, error) {
+	return nil, errNoCluster
+}
+
 // A mode that cannot be had here stands in the table with the reason, until it can, and the others go on. So do specs that no cluster can pass,
 // whatever the focus of later commands.
 func TestRefusedMode(t *testing.T) {
-	s := newSuite(t, Plan{Runs: 2, Families: []clusters.IPFamily{clusters.IPv4}, Cache: t.TempDir()})
-	for _, part := range []string{filepath.Join(s.plan.Bin, ginkgoFile), filepath.Join(s.plan.Cache, archiveFile)} {
-		if err := os.WriteFile(part, nil, 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
+	s := newSuite(t, Plan{Families: []clusters.IPFamily{clusters.IPv4}})
 	const (
 		basic, dns = "[sig-network] Services should serve | a basic endpoint", "[sig-network] DNS should provide DNS"
 		lb         = "[sig-network] Services should have a load balancer [Feature:LoadBalancer]"
@@ -210,6 +214,11 @@ func TestRefusedMode(t *testing.T) {
 		t.Errorf("the page has no %q (%v):\n%s", want, err, page)
 	}
 
+	// It can be had now, but no cluster of it.
+	if err := run("", 2, nil, "direct"); !errors.Is(err, errNoCluster) {
+		t.Errorf("no cluster could be made, and the error is %v", err)
+	}
+	expect()
 	for p := (pass{"direct", clusters.IPv4, 1}); p.run <= 2; p.run++ {
 		if err := errors.Join(os.MkdirAll(s.dir(p), 0o755), appendLines(filepath.Join(s.dir(p), endedFile), Spec{Name: basic, Outcome: Passed, Seconds: 1})); err != nil {
 			t.Fatal(err)
@@ -222,6 +231,21 @@ func TestRefusedMode(t *testing.T) {
 		[]string{basic, "direct", "ipv4", "1", "passed", "1.0", ""}, []string{basic, "direct", "ipv4", "2", "passed", "1.0", ""})
 	if rows := table(t, s.plan.Out)[1:]; !slices.ContainsFunc(rows, func(r []string) bool { return r[1] == "iptables" && strings.HasPrefix(r[6], "mode iptables: ") }) {
 		t.Errorf("the refused mode is not in %q", rows)
+	}
+}
+
+// What has ended before an error is in the table.
+func TestErrorAfterResults(t *testing.T) {
+	s := newSuite(t, Plan{Runs: 2, Modes: []string{"direct"}, Families: []clusters.IPFamily{clusters.IPv4}})
+	p := pass{"direct", clusters.IPv4, 1}
+	if err := errors.Join(os.MkdirAll(s.dir(p), 0o755), appendLines(filepath.Join(s.dir(p), endedFile), Spec{Name: "[sig-network] Services should serve | a basic endpoint", Outcome: Passed})); err != nil {
+		t.Fatal(err)
+	}
+	if err := Run(t.Context(), s.plan, fakeProvider{}, silent{}); !errors.Is(err, errNoCluster) {
+		t.Errorf("no cluster could be made, and the error is %v", err)
+	}
+	if rows := table(t, s.plan.Out)[1:]; len(rows) != 2 {
+		t.Errorf("the table has %q, want a spec that passed and one that is skipped", rows)
 	}
 }
 

@@ -213,7 +213,8 @@ func page(rows []row, batches []passBatch) string {
 			continue
 		}
 		named = append(named, name)
-		if slices.ContainsFunc(batches, func(b passBatch) bool { return b.mode == name }) {
+		if slices.ContainsFunc(rows, func(r row) bool { return r.mode == name && r.Outcome != Skipped }) ||
+			slices.ContainsFunc(batches, func(b passBatch) bool { return b.mode == name }) {
 			modes = append(modes, name)
 		} else {
 			refusals = append(refusals, "- "+rows[first].Reason+"\n")

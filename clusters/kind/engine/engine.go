@@ -77,9 +77,12 @@ func (e Engine) Command(ctx context.Context, args ...string) *exec.Cmd {
 // Root is the folder where the engine keeps containers.
 func (e Engine) Root(ctx context.Context) (string, error) {
 	format := map[string]string{"docker": "{{.DockerRootDir}}", "podman": "{{.Store.GraphRoot}}"}[e.Kind]
-	out, err := e.Command(ctx, "info", "--format", format).Output()
+	var said strings.Builder
+	cmd := e.Command(ctx, "info", "--format", format)
+	cmd.Stderr = &said
+	out, err := cmd.Output()
 	if err != nil {
-		return "", fmt.Errorf("%s info: %w", e.Kind, err)
+		return "", fmt.Errorf("%s info: %w: %s", e.Kind, err, strings.TrimSpace(said.String()))
 	}
 	return strings.TrimSpace(string(out)), nil
 }
@@ -121,6 +124,10 @@ func Start(ctx context.Context, cache string, report func(string)) error {
 // start starts the process that holds the namespaces and leaves it running.
 func start(ctx context.Context, dir string, report func(string)) (err error) {
 	if err := writeConfiguration(dir); err != nil {
+		return err
+	}
+	// From here on Stop finds something to do.
+	if err := os.MkdirAll(commandDir(), 0o755); err != nil {
 		return err
 	}
 	run, err := host.New(Name, dir)
@@ -196,18 +203,24 @@ func startHolder(run *host.Run) (int, error) {
 	return pid, cmd.Process.Release()
 }
 
-// Stop ends the engine and every container in it, and removes all of it but the cache. One that does not run is no error.
+// Stop ends the engine and every container in it, and removes all of it but the cache. It is no error where there is none of ours, and then
+// nothing of another one is touched.
 func Stop(ctx context.Context) error {
+	if _, err := os.Stat(commandDir()); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
 	if running() {
 		// In good order, so that containers' storage is unmounted; what is left after that dies with the cgroup.
 		orderly, cancel := context.WithTimeout(ctx, time.Minute)
 		defer cancel()
 		own().Command(orderly, "rm", "--all", "--force", "--volumes", "--time", "0").Run()
 	}
-	err := errors.Join(removeContainers(ctx), host.Remove(ctx, Name), os.RemoveAll(commandDir()))
+	if err := errors.Join(removeContainers(ctx), host.Remove(ctx, Name)); err != nil {
+		return err
+	}
 	// The folder over which Hold mounts, unless it is a link or holds something: that is not Hold's.
 	unix.Rmdir(imageCache)
-	return err
+	return os.RemoveAll(commandDir())
 }
 
 // Clean removes what an engine left whose own process was killed, and says whether there was something.
@@ -267,12 +280,8 @@ const cgroupParent = "libpod_parent"
 
 // writeCommand writes the podman command that enters the engine's namespaces.
 func writeCommand(run *host.Run, pid int) error {
-	dir := commandDir()
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
 	// The cgroup first: whatever podman starts is in it then, and dies with it.
 	script := fmt.Sprintf("#!/bin/sh\necho $$ >'%s/cgroup.procs' || exit 1\n"+
 		"exec nsenter --target %d --net --mount --ipc -- /bin/sh -c 'cd \"$0\" && exec podman \"$@\"' \"$PWD\" \"$@\"\n", run.Cgroup.Dir, pid)
-	return os.WriteFile(filepath.Join(dir, "podman"), []byte(script), 0o755)
+	return os.WriteFile(filepath.Join(commandDir(), "podman"), []byte(script), 0o755)
 }

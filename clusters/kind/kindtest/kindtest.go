@@ -12,6 +12,7 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/plimsoll-bench/plimsoll/clusters/host"
 	"github.com/plimsoll-bench/plimsoll/clusters/kind"
 	"github.com/plimsoll-bench/plimsoll/clusters/kind/engine"
 )
@@ -26,11 +27,10 @@ func Engine(t *testing.T, program string) (e engine.Engine, cache string) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
 	}
-	home, err := os.UserCacheDir()
+	cache, err := host.CacheDir()
 	if err != nil {
 		t.Skip(err)
 	}
-	cache = filepath.Join(home, "plimsoll")
 	if _, err := kind.OwnArchive(cache); err != nil {
 		t.Skip(err)
 	}
@@ -55,12 +55,12 @@ func Engine(t *testing.T, program string) (e engine.Engine, cache string) {
 	return e, cache
 }
 
-// podmans is what lies below the folder that podman keeps on a host, and since when.
+// podmans are the folder that podman keeps on a host and what lies below it, with its age.
 func podmans(t *testing.T) (all []string) {
 	t.Helper()
 	const root = "/var/lib/containers"
 	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || path == root {
+		if err != nil {
 			return err
 		}
 		info, err := d.Info()
