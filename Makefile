@@ -57,7 +57,7 @@ bench: go-version $(if $(filter guest,$(PROVIDER)),,root) bin/plimsoll $(if $(fi
 test: go-version root bin/plimsoll packages $(BINARIES) kind-parts bin/e2e.test bin/ginkgo guest-parts ## set up, then run every test, as root: most of them need a kernel
 	@# One package at a time: tests that load rules and measure would disturb each other. Kernels change without
 	@# Go noticing, so no result is taken from the cache.
-	$(GO) test -p 1 -count 1 -timeout 25m $(TESTFLAGS) $(if $(SUDO),-exec "sudo env PATH=$$PATH CI=$(CI) PLIMSOLL_CACHE='$(CACHE)'") ./...
+	$(GO) test -p 1 -count 1 -timeout 25m $(TESTFLAGS) $(if $(SUDO),-exec "sudo env PATH=$$PATH CI=$(CI) 'PLIMSOLL_CACHE=$(CACHE)'") ./...
 
 .PHONY: figures
 figures: go-version root bin/plimsoll packages $(BINARIES) ## measure the load balancer's own figures, on a quiet machine: hook, connect, round trips, agent beside kube-proxy
