@@ -30,6 +30,9 @@ TESTFLAGS ?= $(if $(CI),-v)
 # Measuring needs root, building does not: what follows $(SUDO) runs as root, everything else as the caller.
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo env NO_INSTALL='$(NO_INSTALL)' CI='$(CI)' PLIMSOLL_CACHE='$(CACHE)')
 INSTALL = @$(SUDO) bin/plimsoll doctor --install
+GIT := git -c safe.directory='$(CURDIR)'
+BINARIES := bin/kube-apiserver bin/kube-proxy bin/etcd
+
 # Programs by the caller, in the caller's caches; file systems and archives of them by root.
 define make-images
 $(INSTALL) --with node-image
@@ -37,8 +40,6 @@ $(INSTALL) --with node-image
 @$(SUDO) env PATH="$$PATH" GOPATH="$$($(GO) env GOPATH)" GOCACHE="$$($(GO) env GOCACHE)" GOFLAGS='$(GOFLAGS)' \
 $(MAKE) --no-print-directory -C clusters/kind/nodeimage $(1) GO='$(GO)' CACHE='$(CACHE)'
 endef
-GIT := git -c safe.directory='$(CURDIR)'
-BINARIES := bin/kube-apiserver bin/kube-proxy bin/etcd
 
 .PHONY: help
 help: ## print this help

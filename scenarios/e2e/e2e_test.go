@@ -106,8 +106,8 @@ func TestResume(t *testing.T) {
 		{pass{"iptables", clusters.IPv4, 1}, 1}, {pass{"iptables", clusters.IPv4, 2}, 2}, {pass{"ebpf", clusters.IPv4, 1}, 1},
 		{pass{"ebpf", clusters.IPv6, 1}, 2}, {pass{"ebpf", clusters.DualStack, 1}, 3},
 	} {
-		if todo, err := s.todo(test.pass); err != nil || len(todo) != test.want {
-			t.Errorf("%v: left are %q (%v), want %d", test.pass, todo, err, test.want)
+		if due, err := s.due(test.pass); err != nil || len(due) != test.want {
+			t.Errorf("%v: left are %q (%v), want %d", test.pass, due, err, test.want)
 		}
 	}
 	if err := appendLines(filepath.Join(s.dir(pass{"ebpf", clusters.IPv4, 1}), endedFile), Spec{Name: s.chosen[0], Outcome: Passed}); err != nil {
@@ -312,15 +312,15 @@ func TestSpecWithoutAnEnd(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := pass{"ebpf", clusters.IPv4, 1}
-	names, err := s.todo(p)
+	names, err := s.due(p)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := s.run(t.Context(), fakeCluster{}, p, names); err == nil || !strings.Contains(err.Error(), s.chosen[0]) {
 		t.Errorf("want an error that names %q, got %v", s.chosen[0], err)
 	}
-	if todo, err := s.todo(p); err != nil || !slices.Equal(todo, s.chosen[:1]) {
-		t.Errorf("left are %q (%v), want %q", todo, err, s.chosen[:1])
+	if due, err := s.due(p); err != nil || !slices.Equal(due, s.chosen[:1]) {
+		t.Errorf("left are %q (%v), want %q", due, err, s.chosen[:1])
 	}
 	if err := s.write(); err != nil {
 		t.Fatal(err)
