@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -125,9 +126,14 @@ func mustLoad(t *testing.T, options lb.Options) *lb.Balancer {
 	return b
 }
 
+var freeAddresses atomic.Uint32
+
+// freeAddress is an address and port that stay free while nobody listens there. The kernel gives ports of 127.0.0.1 to connects, of whose time
+// nobody knows, so the address is another each time.
 func freeAddress(t *testing.T) string {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	n := freeAddresses.Add(1)
+	listener, err := net.Listen("tcp", fmt.Sprintf("127.1.%d.%d:0", n>>8&0xff, n&0xff))
 	if err != nil {
 		t.Fatal(err)
 	}

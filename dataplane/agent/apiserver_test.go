@@ -48,7 +48,7 @@ type webAPI struct {
 
 func startWebAPI(t *testing.T, client *fake.Clientset) *webAPI {
 	t.Helper()
-	a := &webAPI{T: t, client: client, address: "127.0.0.1:0"}
+	a := &webAPI{T: t, client: client, address: freeAddress(t)}
 	a.listen()
 	t.Cleanup(func() { a.close() })
 	return a
@@ -60,7 +60,6 @@ func (a *webAPI) listen() {
 	if err != nil {
 		a.Fatal(err)
 	}
-	a.address = listener.Addr().String()
 	a.server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if trouble := a.trouble.Load(); trouble != nil {
 			(*trouble)(w, r)
@@ -82,7 +81,7 @@ func (a *webAPI) close() {
 func (a *webAPI) kubeconfig() string {
 	a.Helper()
 	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.server.Certificate().Raw})
-	text := fmt.Sprintf("apiVersion: v1\nkind: Config\nclusters: [{name: c, cluster: {server: 'https://%s', certificate-authority-data: %s}}]\n"+
+	text := fmt.Sprintf("apiVersion: v1\nkind: Config\nclusters: [{name: c, cluster: {server: 'https://%s', tls-server-name: example.com, certificate-authority-data: %s}}]\n"+
 		"contexts: [{name: c, context: {cluster: c}}]\ncurrent-context: c\n", a.address, base64.StdEncoding.EncodeToString(ca))
 	file := filepath.Join(a.TempDir(), "kubeconfig")
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
