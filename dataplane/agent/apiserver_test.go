@@ -77,7 +77,7 @@ func (a *webAPI) close() {
 	a.server.Close()
 }
 
-// kubeconfig is a file by which clients reach the API.
+// kubeconfig is a file by which clients reach the API, whose certificate is httptest's: it names example.com, not the address.
 func (a *webAPI) kubeconfig() string {
 	a.Helper()
 	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.server.Certificate().Raw})
